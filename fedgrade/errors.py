@@ -1,0 +1,57 @@
+"""What can go wrong, as decisions that a caller could take.
+
+Every error is one line for a person: what was refused, where, which limit it broke, what to do. Errors never carry
+photos, labels or counts. Only the doors (command line, node, server application) catch them.
+"""
+
+
+class FedgradeError(Exception):
+    """Base of every refusal by fedgrade; its text is meant for the person at the terminal."""
+
+
+class DocumentRefused(FedgradeError):
+    """Bytes that should have been a document are malformed, oversized or not of the promised shape."""
+
+
+class SignatureRefused(FedgradeError):
+    """A signature is missing, wrong, or by a key that the roster does not name for this role."""
+
+
+class LedgerBroken(FedgradeError):
+    """A ledger entry does not follow from the one before it; names the first broken entry."""
+
+
+class LedgerUnavailable(FedgradeError):
+    """The ledger could not be written durably (full disk, second writer); nothing was charged."""
+
+
+class BudgetExceeded(FedgradeError):
+    """A release would take an account past the partner's own ceiling."""
+
+
+class PolicyViolated(FedgradeError):
+    """A job asks for something the partner's policy file forbids."""
+
+
+class PlanRefused(FedgradeError):
+    """A privacy plan is impossible, or two accountants disagree about what it costs."""
+
+
+class DataRefused(FedgradeError):
+    """A manifest or photo is malformed, changed, dangerous or out of scale."""
+
+
+class ModelRefused(FedgradeError):
+    """Weights, a model file or an update have the wrong digest, shape, type or range."""
+
+
+class JobRefused(FedgradeError):
+    """A configuration or sealed job is unknown, mistyped or impossible."""
+
+
+class RoundFailed(FedgradeError):
+    """A round could not gather the replies it needs; the checkpoint before it stands."""
+
+
+class MessageRefused(FedgradeError):
+    """A wire message is stale, replayed, addressed elsewhere or out of order."""
