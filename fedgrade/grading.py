@@ -13,7 +13,7 @@ from fedgrade.errors import JobRefused
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-MAX_GRADES = 32
+MIN_GRADES, MAX_GRADES = 2, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class GradeScale:
 
     def __post_init__(self) -> None:
         grades = len(self.labels)
-        if not 2 <= grades <= MAX_GRADES:
-            raise JobRefused(f"grading.labels: {grades} grades; a scale has 2 to {MAX_GRADES}")
+        if not MIN_GRADES <= grades <= MAX_GRADES:
+            raise JobRefused(f"grading.labels: {grades} grades; a scale has {MIN_GRADES} to {MAX_GRADES}")
         if len(set(self.labels)) != grades or not all(label.strip() for label in self.labels):
             raise JobRefused(f"grading.labels: {self.labels!r} must be distinct and not empty")
         unknown = [label for label in self.critical if label not in self.labels]
@@ -79,4 +79,4 @@ def decide(probabilities: FloatArray, scale: GradeScale) -> IntArray:
     """Grade [items] with the least expected cost; ties go to the worse grade, the safer mistake."""
     costs = expected_costs(probabilities, scale)
     worst_first = costs[:, ::-1]
-    return (scale.grades - 1 - np.argmin(worst_first, axis=1)).astype(np.int64)
+    return np.asarray(scale.grades - 1 - np.argmin(worst_first, axis=1), dtype=np.int64)

@@ -1,0 +1,164 @@
+"""From mechanisms to epsilon, and back. The one file that knows dp-accounting.
+
+Integer noise is accounted in zero-concentrated differential privacy, exactly, as fractions of rho; Poisson-sampled
+noise by dp-accounting's pessimistic privacy loss distribution, which its Rényi accountant must bound from above.
+Adjacency: add or remove one item. Everything printed is rounded up.
+"""
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import cache
+
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm
+
+from fedgrade.errors import PlanRefused
+from fedgrade.trust.records import PoissonGaussian
+
+MIN_DELTA = Fraction(1, 10**9)
+_LARGE_RHO = 1000
+_PLD_INTERVAL = 1e-4
+_GATE_SLACK = 1e-3
+# Whole orders converge everywhere; the fractional ones that dp-accounting adds by default do not, and log about it.
+_RENYI_ORDERS = (*range(2, 64), 128, 256, 512, 1024)
+
+
+def zcdp_epsilon(rho: Fraction, *, delta: Fraction) -> float:
+    """The epsilon at ``delta`` of a mechanism that is ``rho``-zCDP, never below the truth.
+
+    Minimises the conversion of Canonne, Kamath and Steinke (2020), Proposition 12, https://arxiv.org/abs/2004.00010:
+    epsilon = alpha rho + log(1/(alpha delta))/(alpha - 1) + log(1 - 1/alpha) over alpha > 1. Any alpha gives a valid
+    bound, so an imperfect minimiser can only overstate.
+
+    Raises:
+        PlanRefused: ``rho`` is negative or ``delta`` outside [1e-9, 1).
+    """
+    _check_delta(delta)
+    if rho < 0:
+        raise PlanRefused(f"rho {rho} is negative; a mechanism cannot give privacy back")
+    if rho == 0:
+        return 0.0
+    cost, log_delta = float(rho), math.log(float(delta))
+
+    def bound(log_excess: float) -> float:
+        excess = math.exp(log_excess)  # alpha - 1
+        alpha = 1 + excess
+        return alpha * cost - (math.log(alpha) + log_delta) / excess + math.log(excess / alpha)
+
+    best = minimize_scalar(bound, bounds=(-12.0, 16.0), method="bounded", options={"xatol": 1e-10})
+    return max(0.0, math.nextafter(float(best.fun), math.inf))
+
+
+def zcdp_rho(epsilon: Fraction, *, delta: Fraction) -> Fraction:
+    """The largest rho, to 2^-40, whose :func:`zcdp_epsilon` at ``delta`` does not exceed ``epsilon``.
+
+    Raises:
+        PlanRefused: ``epsilon`` is not positive or absurdly large.
+    """
+    low, high = Fraction(0), Fraction(_LARGE_RHO)
+    if epsilon <= 0 or zcdp_epsilon(high, delta=delta) < epsilon:
+        raise PlanRefused(f"epsilon {float(epsilon):g} must be above 0 and below {_LARGE_RHO}")
+    while high - low > Fraction(1, 2**40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if zcdp_epsilon(middle, delta=delta) <= epsilon else (low, middle)
+    return low
+
+
+def poisson_epsilon(events: Mapping[tuple[Fraction, Fraction], int], *, delta: Fraction) -> float:
+    """The epsilon at ``delta`` of composed Poisson-sampled Gaussian steps, never below the truth.
+
+    Args:
+        events: how many steps were taken at each (sampling rate, noise multiplier).
+        delta: at least 1e-9.
+
+    Raises:
+        PlanRefused: the two accountants disagree, so neither is believed.
+    """
+    _check_delta(delta)
+    if not any(events.values()):
+        return 0.0
+    key = tuple(sorted((rate, noise, steps) for (rate, noise), steps in events.items() if steps))
+    return _poisson_epsilon(key, delta)
+
+
+def poisson_noise_multiplier(*, sampling_rate: Fraction, steps: int, epsilon: Fraction, delta: Fraction) -> Fraction:
+    """The least noise multiplier, to 2^-12, at which ``steps`` Poisson steps cost at most ``epsilon``.
+
+    Raises:
+        PlanRefused: no multiplier below 2^12 is enough.
+    """
+    low, high = 0, 2**24  # in units of 2^-12
+    if _steps_epsilon(sampling_rate, Fraction(high, 2**12), steps, delta) > epsilon:
+        raise PlanRefused(f"epsilon {float(epsilon):g} over {steps} steps needs noise beyond any use; take fewer steps")
+    # Small multipliers are slow to account and never wanted: walk down before bisecting.
+    while high > 1 and _steps_epsilon(sampling_rate, Fraction(high // 4, 2**12), steps, delta) <= epsilon:
+        high //= 4
+    low = high // 4
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _steps_epsilon(sampling_rate, Fraction(middle, 2**12), steps, delta) <= epsilon:
+            high = middle
+        else:
+            low = middle
+    return Fraction(high, 2**12)
+
+
+def poisson_events(mechanism: PoissonGaussian) -> dict[tuple[Fraction, Fraction], int]:
+    """``mechanism`` as the events that :func:`poisson_epsilon` composes."""
+    return {(mechanism.sampling_rate, mechanism.noise_multiplier): mechanism.steps}
+
+
+def gaussian_delta(epsilon: float, *, rho: Fraction) -> float:
+    """The exact delta at ``epsilon`` of a continuous Gaussian mechanism of cost ``rho``: the oracle for tests.
+
+    Balle and Wang (2018), https://arxiv.org/abs/1805.06530, Theorem 8, with sensitivity/sigma = sqrt(2 rho).
+    """
+    ratio = math.sqrt(2 * float(rho))
+    return float(norm.cdf(ratio / 2 - epsilon / ratio) - math.exp(epsilon) * norm.cdf(-ratio / 2 - epsilon / ratio))
+
+
+def strongest_attack(epsilon: float, *, delta: Fraction, false_positive_rate: float = 0.01) -> float:
+    """The most true positives any membership attack can have at ``false_positive_rate`` under (epsilon, delta).
+
+    Kairouz, Oh and Viswanath (2015), https://arxiv.org/abs/1311.0776: TPR <= exp(epsilon) FPR + delta, and
+    1 - FPR >= exp(-epsilon) (TPR - delta) from the other side.
+    """
+    tail = float(delta)
+    upper = math.exp(min(epsilon, 700.0)) * false_positive_rate + tail
+    other = 1 - math.exp(-epsilon) * (1 - tail - false_positive_rate)
+    return min(1.0, upper, other)
+
+
+def printed(epsilon: float) -> str:
+    """``epsilon`` with two decimals, rounded up: what reports and terminals show."""
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+
+
+@cache
+def _poisson_epsilon(events: tuple[tuple[Fraction, Fraction, int], ...], delta: Fraction) -> float:
+    loss = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=_PLD_INTERVAL)
+    renyi = RdpAccountant(_RENYI_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for rate, noise, steps in events:
+        event = PoissonSampledDpEvent(float(rate), GaussianDpEvent(float(noise)))
+        loss.compose(SelfComposedDpEvent(event, steps))
+        renyi.compose(SelfComposedDpEvent(event, steps))
+    epsilon, ceiling = float(loss.get_epsilon(float(delta))), float(renyi.get_epsilon(float(delta)))
+    if not math.isfinite(epsilon) or epsilon > ceiling + _GATE_SLACK:
+        raise PlanRefused(
+            f"accountants disagree: privacy loss distribution gives {epsilon:.4f}, Rényi bound is {ceiling:.4f}; "
+            "the job is refused until they agree"
+        )
+    return epsilon
+
+
+def _steps_epsilon(rate: Fraction, noise: Fraction, steps: int, delta: Fraction) -> float:
+    return poisson_epsilon({(rate, noise): steps}, delta=delta)
+
+
+def _check_delta(delta: Fraction) -> None:
+    if not MIN_DELTA <= delta < 1:
+        raise PlanRefused(f"delta {float(delta):g} must be at least 1e-9 and below 1")

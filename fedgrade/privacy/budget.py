@@ -1,0 +1,90 @@
+"""What has been spent on whose items, read off ledger entries; and the refusal to spend more than the partner allows.
+
+The same fold serves the partner's node before a release and the compliance laptop years later, so they cannot
+disagree. Budgets last for the life of the data: across rounds, runs, models and restarts.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from types import MappingProxyType
+
+from fedgrade.errors import BudgetExceeded, PlanRefused
+from fedgrade.privacy.accounting import poisson_epsilon, printed, zcdp_epsilon
+from fedgrade.trust.records import AccountKey, Body, Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Reserve
+
+StepCounts = Mapping[tuple[Fraction, Fraction], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spending:
+    """Everything one account has been charged: exact rho, and Poisson steps per job in the order jobs first came."""
+
+    rho: Fraction = Fraction(0)
+    poisson: Mapping[str, StepCounts] = field(default_factory=lambda: MappingProxyType({}))
+
+    def charged(self, mechanism: Mechanism, *, job: str) -> "Spending":
+        """This spending after one more release."""
+        match mechanism:
+            case DiscreteGaussian():
+                return replace(self, rho=self.rho + mechanism.rho)
+            case PoissonGaussian():
+                key = (mechanism.sampling_rate, mechanism.noise_multiplier)
+                steps = dict(self.poisson.get(job, {}))
+                steps[key] = steps.get(key, 0) + mechanism.steps
+                return replace(self, poisson=MappingProxyType({**self.poisson, job: MappingProxyType(steps)}))
+
+    def epsilon(self, *, delta: Fraction, composition: Composition) -> float:
+        """The epsilon at ``delta`` of everything charged so far, never below the truth.
+
+        Under ``zcdp`` all of ``delta`` converts rho. Under ``mixed`` half does, and the k-th Poisson job (k = 1, 2, …)
+        has delta / 2^(k+1): the shares are fixed before anything is spent and sum to less than ``delta``, so that the
+        basic composition filter of Rogers et al. (2016), https://arxiv.org/abs/1605.08294, covers jobs chosen in view
+        of earlier results, while rho adds up fully adaptively (Whitehouse et al. 2023,
+        https://arxiv.org/abs/2203.05481).
+
+        Raises:
+            PlanRefused: a Poisson job is charged to a ``zcdp`` account, or shares of delta have become too small.
+        """
+        if composition == "zcdp":
+            if self.poisson:
+                raise PlanRefused("a zcdp account holds a Poisson job; such jobs need an account opened as mixed")
+            return zcdp_epsilon(self.rho, delta=delta)
+        total = zcdp_epsilon(self.rho, delta=delta / 2)
+        for position, steps in enumerate(self.poisson.values(), start=1):
+            total += poisson_epsilon(steps, delta=delta / 2 ** (position + 1))
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """The partner's own limit on one account, for the life of the data."""
+
+    epsilon: Fraction
+    delta: Fraction
+    composition: Composition
+
+
+def spending_by_account(entries: Iterable[Body]) -> dict[AccountKey, Spending]:
+    """What each account was charged by ``entries``, whether or not the release then happened."""
+    accounts: dict[AccountKey, Spending] = {}
+    for body in entries:
+        if isinstance(body, Reserve):
+            accounts[body.account] = accounts.get(body.account, Spending()).charged(body.mechanism, job=body.job)
+    return accounts
+
+
+def require_within(spending: Spending, *, ceiling: Ceiling, account: AccountKey) -> float:
+    """The epsilon of ``spending``, which is within ``ceiling``.
+
+    Raises:
+        BudgetExceeded: it is not; nothing may be released.
+    """
+    after = spending.epsilon(delta=ceiling.delta, composition=ceiling.composition)
+    if after > ceiling.epsilon:
+        raise BudgetExceeded(
+            f"account {account.partner}/{account.lineage}/{account.cohort}/{account.partition}: epsilon would reach "
+            f"{printed(after)}, the partner's ceiling is {float(ceiling.epsilon):.2f}; lower privacy.target_epsilon, "
+            "or wait for a new ingestion cohort"
+        )
+    return after

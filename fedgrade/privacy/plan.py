@@ -1,0 +1,269 @@
+"""The whole privacy plan of a job, solved before it starts. The plan that trains is the plan that charges.
+
+``calibrate(spec, participants)`` turns what is wished for (an epsilon for the whole job) into exact mechanisms, one
+for each kind of release. The plan is sealed into the job; sites compare it with their own policy and never take a
+number from anywhere else.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedgrade.errors import JobRefused, PlanRefused
+from fedgrade.privacy.accounting import poisson_epsilon, poisson_noise_multiplier, zcdp_epsilon, zcdp_rho
+from fedgrade.privacy.budget import Spending
+from fedgrade.trust.records import Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Purpose
+
+GRID_BITS = 20
+COUNT_GRID_BITS = 10
+MIN_PARTICIPANTS = 2
+_MAX_ROUNDS = 10_000
+_SGD_DELTA_SHARE = 4  # the first Poisson job of a mixed account has delta / 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSpec:
+    """Full batch, exact integer noise in full at each site: every upload is itself private."""
+
+    mode: Literal["local"] = "local"
+    target_epsilon: float
+    delta: float
+    evaluation_epsilon: float
+    centre_share: float
+    rounds: int
+    max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedSpec:
+    """Full batch, each site adds a share of exact integer noise; only the secure sum is ever seen.
+
+    ``floor_epsilon`` bounds what anyone learns who breaks the secure sum, or colludes with every other site.
+    """
+
+    mode: Literal["distributed"] = "distributed"
+    target_epsilon: float
+    floor_epsilon: float
+    delta: float
+    evaluation_epsilon: float
+    centre_share: float
+    rounds: int
+    max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if not self.target_epsilon <= self.floor_epsilon:
+            raise JobRefused(
+                f"privacy.floor_epsilon: {self.floor_epsilon} must be at least target_epsilon ({self.target_epsilon})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSgdSpec:
+    """DP-SGD at each site: Poisson batches, several steps a round, then a mean of the updates (Opacus)."""
+
+    mode: Literal["local_sgd"] = "local_sgd"
+    target_epsilon: float
+    delta: float
+    evaluation_epsilon: float
+    centre_share: float
+    rounds: int
+    max_grad_norm: float
+    sampling_rate: float
+    local_steps: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if not 0 < self.sampling_rate <= 1:
+            raise JobRefused(f"privacy.sampling_rate: {self.sampling_rate} must be in (0, 1]")
+        if not 1 <= self.local_steps <= _MAX_ROUNDS:
+            raise JobRefused(f"privacy.local_steps: {self.local_steps} must be in 1..{_MAX_ROUNDS}")
+        if not 0 < self.learning_rate < math.inf:
+            raise JobRefused(f"privacy.learning_rate: {self.learning_rate} must be above 0")
+
+
+PrivacySpec = Annotated[LocalSpec | DistributedSpec | LocalSgdSpec, Field(discriminator="mode")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """Exactly what each site releases: one ``centre``, ``rounds`` times ``train``, one ``evaluate``.
+
+    Grid-based mechanisms are in units of the integer grid: a site's clipped sum is scaled by 2^``grid_bits`` /
+    ``max_grad_norm``, so that one item moves it by at most ``sensitivity`` in L2 norm. ``observer_share`` is the least
+    part of the aggregate's noise variance that each site must hold for the plan's claims about the aggregate.
+    """
+
+    mode: Literal["local", "distributed", "local_sgd"]
+    target_epsilon: Fraction
+    delta: Fraction
+    rounds: int
+    max_grad_norm: float
+    centre: DiscreteGaussian
+    train: Mechanism
+    evaluate: DiscreteGaussian
+
+    def __post_init__(self) -> None:
+        if (self.mode == "local_sgd") != isinstance(self.train, PoissonGaussian):
+            raise PlanRefused(f"plan: mode {self.mode} does not go with a {self.train.kind} training mechanism")
+        for mechanism, bits in ((self.centre, GRID_BITS), (self.evaluate, COUNT_GRID_BITS)):
+            if mechanism.sensitivity != 2**bits:
+                raise PlanRefused(f"plan: sensitivity {mechanism.sensitivity} is not the grid's 2^{bits}")
+        if isinstance(self.train, DiscreteGaussian) and self.train.sensitivity != 2**GRID_BITS:
+            raise PlanRefused(f"plan: train sensitivity {self.train.sensitivity} is not the grid's 2^{GRID_BITS}")
+        if not 1 <= self.rounds <= _MAX_ROUNDS or not 0 < self.max_grad_norm < math.inf:
+            raise PlanRefused(f"plan: rounds {self.rounds} and max_grad_norm {self.max_grad_norm} must be positive")
+
+    def mechanism(self, purpose: Purpose) -> Mechanism:
+        """What one release for ``purpose`` costs."""
+        return {"centre": self.centre, "train": self.train, "evaluate": self.evaluate}[purpose]
+
+    @property
+    def composition(self) -> Composition:
+        """What kind of account this plan needs."""
+        return "mixed" if self.mode == "local_sgd" else "zcdp"
+
+    def training_spending(self) -> Spending:
+        """All that a training item pays if every round runs once."""
+        spending = Spending().charged(self.centre, job="plan")
+        for _ in range(self.rounds):
+            spending = spending.charged(self.train, job="plan")
+        return spending
+
+    def training_epsilon(self, *, composition: Composition) -> float:
+        """Epsilon of a training item over the whole job, seen by whoever sees the site's own uploads."""
+        return self.training_spending().epsilon(delta=self.delta, composition=composition)
+
+    def evaluation_epsilon(self, *, composition: Composition) -> float:
+        """Epsilon of a held-out item over the whole job."""
+        return Spending().charged(self.evaluate, job="plan").epsilon(delta=self.delta, composition=composition)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserverEpsilons:
+    """What each observer can learn about one item of one site, as epsilon at the plan's delta."""
+
+    coordinator: float
+    other_partner: float
+    model_holder: float
+    full_collusion: float
+
+
+def calibrate(spec: PrivacySpec, *, participants: int) -> PrivacyPlan:
+    """The plan whose releases together cost each item at most ``spec.target_epsilon`` at ``spec.delta``.
+
+    Raises:
+        PlanRefused: no noise is enough, or there are too few participants for the mode.
+    """
+    if participants < MIN_PARTICIPANTS:
+        raise PlanRefused(f"privacy: {participants} participants; federated training takes {MIN_PARTICIPANTS} or more")
+    match spec:
+        case LocalSpec():
+            return _full_batch_plan(spec, spec.target_epsilon, mode="local")
+        case DistributedSpec():
+            return _distributed_plan(spec, participants=participants)
+        case LocalSgdSpec():
+            return _sgd_plan(spec)
+
+
+def observer_epsilons(plan: PrivacyPlan, *, participants: int) -> ObserverEpsilons:
+    """Epsilon per observer if every round runs once; derivation in docs/threat-model.md.
+
+    Whoever sees a site's own upload faces that site's noise alone. Whoever sees only the models faces the sum of all
+    sites' noise, less what it added itself: with equal scales rho divides by the number of shares it cannot remove.
+    For ``local_sgd`` no such reduction is claimed, because a site's update is not a sum with independent noise of the
+    others until after local steps.
+    """
+    spending = plan.training_spending()
+    own = spending.epsilon(delta=plan.delta, composition=plan.composition)
+    if plan.mode == "local_sgd":
+        return ObserverEpsilons(coordinator=own, other_partner=own, model_holder=own, full_collusion=own)
+    partner = zcdp_epsilon(spending.rho / max(1, participants - 1), delta=plan.delta)
+    holder = zcdp_epsilon(spending.rho / participants, delta=plan.delta)
+    coordinator = holder if plan.mode == "distributed" else own
+    return ObserverEpsilons(coordinator=coordinator, other_partner=partner, model_holder=holder, full_collusion=own)
+
+
+def exact(number: float) -> Fraction:
+    """The fraction that ``number`` spells in decimal: 0.1 is 1/10, as the person who wrote it meant."""
+    return Fraction(repr(number))
+
+
+def _full_batch_plan(
+    spec: LocalSpec | DistributedSpec, site_epsilon: float, *, mode: Literal["local", "distributed"]
+) -> PrivacyPlan:
+    delta, share = exact(spec.delta), exact(spec.centre_share)
+    rho = zcdp_rho(exact(site_epsilon), delta=delta)
+    return PrivacyPlan(
+        mode=mode,
+        target_epsilon=exact(spec.target_epsilon),
+        delta=delta,
+        rounds=spec.rounds,
+        max_grad_norm=spec.max_grad_norm,
+        centre=_gaussian(rho * share, bits=GRID_BITS),
+        train=_gaussian(rho * (1 - share) / spec.rounds, bits=GRID_BITS),
+        evaluate=_gaussian(zcdp_rho(exact(spec.evaluation_epsilon), delta=delta), bits=COUNT_GRID_BITS),
+    )
+
+
+def _distributed_plan(spec: DistributedSpec, *, participants: int) -> PrivacyPlan:
+    """Each site's scale is the larger of its share of the aggregate's noise and its floor under full collusion."""
+    delta = exact(spec.delta)
+    aggregate = zcdp_rho(exact(spec.target_epsilon), delta=delta)
+    # The aggregate's rho is a site's own divided by the number of shares; a partner removes one of them.
+    by_share = aggregate * (participants - 1)
+    by_floor = zcdp_rho(exact(spec.floor_epsilon), delta=delta)
+    own = zcdp_epsilon(min(by_share, by_floor), delta=delta)
+    return _full_batch_plan(spec, own, mode="distributed")
+
+
+def _sgd_plan(spec: LocalSgdSpec) -> PrivacyPlan:
+    delta, target, rate = exact(spec.delta), exact(spec.target_epsilon), exact(spec.sampling_rate)
+    centre_epsilon = target * exact(spec.centre_share)
+    centre = _gaussian(zcdp_rho(centre_epsilon, delta=delta / 2), bits=GRID_BITS)
+    noise = poisson_noise_multiplier(
+        sampling_rate=rate,
+        steps=spec.local_steps * spec.rounds,
+        epsilon=target - centre_epsilon,
+        delta=delta / _SGD_DELTA_SHARE,
+    )
+    return PrivacyPlan(
+        mode="local_sgd",
+        target_epsilon=target,
+        delta=delta,
+        rounds=spec.rounds,
+        max_grad_norm=spec.max_grad_norm,
+        centre=centre,
+        train=PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=spec.local_steps),
+        evaluate=_gaussian(zcdp_rho(exact(spec.evaluation_epsilon), delta=delta / 2), bits=COUNT_GRID_BITS),
+    )
+
+
+def _gaussian(rho: Fraction, *, bits: int) -> DiscreteGaussian:
+    """The least integer noise scale on the grid of 2^``bits`` that costs at most ``rho``."""
+    sensitivity = 2**bits
+    wanted = Fraction(sensitivity**2) / (2 * rho)
+    scale = math.isqrt(wanted.numerator // wanted.denominator)
+    while Fraction(sensitivity**2, 2 * scale**2) > rho if scale else True:
+        scale += 1
+    return DiscreteGaussian(sensitivity=sensitivity, scale=scale)
+
+
+def _check_common(spec: LocalSpec | DistributedSpec | LocalSgdSpec) -> None:
+    for name in ("target_epsilon", "evaluation_epsilon", "max_grad_norm"):
+        value = getattr(spec, name)
+        if not 0 < value < math.inf:
+            raise JobRefused(f"privacy.{name}: {value} must be above 0")
+    if not 0 < spec.delta < 1:
+        raise JobRefused(f"privacy.delta: {spec.delta} must be above 0 and below 1")
+    if not 0 < spec.centre_share < 1:
+        raise JobRefused(f"privacy.centre_share: {spec.centre_share} must be above 0 and below 1")
+    if not 1 <= spec.rounds <= _MAX_ROUNDS:
+        raise JobRefused(f"privacy.rounds: {spec.rounds} must be in 1..{_MAX_ROUNDS}")

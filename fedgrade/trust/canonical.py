@@ -1,0 +1,158 @@
+"""One strict door for every document: YAML from people, JSON from the wire and from disk.
+
+``decode(T, raw)`` is the only way from bytes to a value. It refuses duplicate keys, unknown fields, wrong types,
+infinities, deep nesting and anything over its size cap, with one line that names the field. ``encode(value)`` writes
+the one canonical form, so that equal values have equal digests. No class name, path or code ever comes from the bytes.
+"""
+
+import hashlib
+import json
+import re
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fedgrade.errors import DocumentRefused
+
+T = TypeVar("T")
+
+MAX_DOCUMENT_BYTES = 4 * 2**20
+MAX_DEPTH = 32
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, ser_json_bytes="base64", val_json_bytes="base64")
+
+
+def decode(as_: type[T], raw: bytes, *, what: str = "", limit: int = MAX_DOCUMENT_BYTES) -> T:
+    """The value of type ``as_`` that the JSON document ``raw`` spells out, and nothing else.
+
+    Args:
+        as_: a frozen dataclass; nested ones, tuples, unions and fractions are read strictly.
+        raw: UTF-8 JSON, at most ``limit`` bytes.
+        what: the document's name for the error message; the type's name by default.
+        limit: size cap in bytes, checked before anything is parsed.
+
+    Raises:
+        DocumentRefused: the bytes are not such a document; the message names the first field at fault.
+        FedgradeError: the fields are well-typed but impossible together, as the type itself says.
+    """
+    name = what or as_.__name__
+    _check_shape(raw, name=name, limit=limit)
+    try:
+        # A one-element tuple carries the strict configuration into plain dataclasses, which cannot hold one.
+        (value,) = cast("tuple[T]", _adapter(cast("Any", as_)).validate_json(b"[" + raw + b"]"))
+    except ValidationError as error:
+        raise DocumentRefused(f"{name}: {_first_fault(error)}") from error
+    return value
+
+
+def decode_yaml(as_: type[T], raw: bytes, *, what: str = "", limit: int = MAX_DOCUMENT_BYTES) -> T:
+    """Like :func:`decode`, for a YAML file written by a person: same types, same strictness, no tags, no aliases.
+
+    Raises:
+        DocumentRefused: not plain YAML, or not such a document.
+    """
+    name = what or as_.__name__
+    if len(raw) > limit:
+        raise DocumentRefused(f"{name}: {len(raw)} bytes; the limit is {limit}")
+    try:
+        tree = _PlainLoader(raw).get_single_data()
+        plain = json.dumps(tree, allow_nan=False)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise DocumentRefused(f"{name}: not plain YAML: {_one_line(error)}") from error
+    return decode(as_, plain.encode(), what=name, limit=limit)
+
+
+def encode(value: object) -> bytes:
+    """The canonical JSON of a frozen dataclass: sorted keys, no spaces, bytes in base64, fractions as ``"a/b"``.
+
+    Guarantee: ``decode(type(value), encode(value)) == value``.
+    """
+    (plain,) = _adapter(cast("Any", type(value))).dump_python((value,), mode="json")
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+def digest(raw: bytes) -> str:
+    """SHA-256 of ``raw`` in lower-case hexadecimal (FIPS 180-4)."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+@cache
+def _adapter(as_: Any) -> TypeAdapter[Any]:
+    single: Any = tuple.__class_getitem__((as_,))
+    return TypeAdapter(single, config=_STRICT)
+
+
+def _check_shape(raw: bytes, *, name: str, limit: int) -> None:
+    if len(raw) > limit:
+        raise DocumentRefused(f"{name}: {len(raw)} bytes; the limit is {limit}")
+    try:
+        tree = json.loads(raw, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise DocumentRefused(f"{name}: not strict JSON: {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise DocumentRefused(f"{name}: a JSON object is expected, found {type(tree).__name__}")
+    if _depth(tree) > MAX_DEPTH:
+        raise DocumentRefused(f"{name}: nested deeper than {MAX_DEPTH}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} appears twice")
+    return keys
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number here")
+
+
+def _depth(tree: Any) -> int:
+    if isinstance(tree, dict):
+        return 1 + max((_depth(branch) for branch in tree.values()), default=0)
+    if isinstance(tree, list):
+        return 1 + max((_depth(branch) for branch in tree), default=0)
+    return 0
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in fault["loc"][1:])
+    message = fault["msg"]
+    if fault["type"] == "unexpected_keyword_argument":
+        message = "unknown key"
+    shown = _one_line(repr(fault["input"]))
+    return f"{path}: {message} (found {shown[:80]})" if path else f"{message} (found {shown[:80]})"
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())[:240]
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as JSON could have said it: no aliases (bombs), no duplicate keys, no dates, text keys only."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - PyYAML's signature
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"key {key!r} must be text")
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} appears twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# YAML 1.1 reads 1e-5 as text for want of a dot; people write it as a number, and so does JSON.
+_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))

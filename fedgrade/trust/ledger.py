@@ -1,0 +1,223 @@
+"""An append-only file of signed entries, each bound to the one before it by hash. One writer; nothing is ever changed.
+
+One line an entry: the DSSE envelope of an :class:`Entry`. The chain hash is SHA-256 over the previous line's bytes.
+:func:`read_ledger` verifies while it streams; :class:`LedgerWriter` holds the file lock and fsyncs every entry before
+it returns. This room knows what entries say (:mod:`fedgrade.trust.records`), not what they cost.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Literal, Self
+
+from fedgrade.errors import FedgradeError, LedgerBroken, LedgerUnavailable
+from fedgrade.trust.canonical import digest
+from fedgrade.trust.envelope import open_sealed, seal
+from fedgrade.trust.identity import PublicKey, SigningKey, SiteId
+from fedgrade.trust.records import Body, Genesis
+
+MAX_ENTRY_BYTES = 2**18
+GENESIS_PREVIOUS = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of a ledger: its place in the chain, when it was written (UTC, ISO 8601), and what it says."""
+
+    schema: Literal["fedgrade/ledger/1"] = "fedgrade/ledger/1"
+    sequence: int
+    previous: str
+    time: str
+    body: Body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Where a ledger stands: how many entries, and the digest of the last line."""
+
+    entries: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appended:
+    """An entry that is on disk: its place, and the signed line itself, which serves as a receipt."""
+
+    sequence: int
+    line: bytes
+
+
+def read_ledger(path: Path, *, key: PublicKey) -> Iterator[Entry]:
+    """Every entry of the ledger at ``path``, each verified before it is handed over; memory does not grow.
+
+    Raises:
+        LedgerBroken: names the first entry that is altered, missing, reordered, torn or signed by another key.
+    """
+    with _opened(path) as file:
+        previous = GENESIS_PREVIOUS
+        for sequence, line in enumerate(iter(lambda: file.readline(MAX_ENTRY_BYTES), b"")):
+            entry = _verified(line, sequence=sequence, previous=previous, key=key, path=path)
+            previous = digest(line.removesuffix(b"\n"))
+            yield entry
+
+
+def open_receipt(line: bytes, *, key: PublicKey) -> Entry:
+    """The entry inside a receipt, a single ledger line that has left its ledger.
+
+    Raises:
+        LedgerBroken: it was not signed by ``key`` as a ledger entry.
+    """
+    try:
+        return open_sealed(line, as_=Entry, signed_by=key, what="receipt", limit=MAX_ENTRY_BYTES)
+    except FedgradeError as error:
+        raise LedgerBroken(str(error)) from error
+
+
+class LedgerWriter:
+    """The one process that may append to a ledger.
+
+    Guarantee: when :meth:`append` returns, the entry survives a power cut; when it raises, the ledger is as before.
+    """
+
+    def __init__(self, *, path: Path, key: SigningKey, descriptor: int, head: Head) -> None:
+        self.path = path
+        self.head = head
+        self.key = key
+        self._descriptor = descriptor
+
+    @classmethod
+    def open(cls, path: Path, *, key: SigningKey, observe: Callable[[Entry], None]) -> Self:
+        """The ledger at ``path``, locked and verified; each entry is shown to ``observe``. Creates an empty one.
+
+        A torn last line (a power cut during a write) is kept if it is whole but for its newline, and otherwise set
+        aside in ``<path>.torn``: nothing had been released on the strength of it.
+
+        Raises:
+            LedgerUnavailable: another process holds the ledger, or the file cannot be opened.
+            LedgerBroken: names the first broken entry.
+        """
+        descriptor = _locked(path)
+        try:
+            head = _replayed(path, descriptor, key=key.public, observe=observe)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(path=path, key=key, descriptor=descriptor, head=head)
+
+    def append(self, body: Body, *, now: datetime) -> Appended:
+        """Sign ``body`` as the next entry and bring it to disk before returning.
+
+        Raises:
+            LedgerUnavailable: the disk refused (full, read-only); the ledger is unchanged.
+        """
+        entry = Entry(
+            sequence=self.head.entries,
+            previous=self.head.digest,
+            time=now.astimezone(UTC).isoformat(timespec="microseconds"),
+            body=body,
+        )
+        line = seal(entry, self.key)
+        if len(line) >= MAX_ENTRY_BYTES:
+            raise LedgerUnavailable(f"ledger {self.path}: entry of {len(line)} bytes; the limit is {MAX_ENTRY_BYTES}")
+        self._write(line + b"\n")
+        self.head = Head(entries=entry.sequence + 1, digest=digest(line))
+        return Appended(sequence=entry.sequence, line=line)
+
+    def start(self, *, owner: SiteId, role: Literal["site", "coordinator"], now: datetime) -> None:
+        """Write the genesis entry if the ledger is empty."""
+        if self.head.entries == 0:
+            self.append(Genesis(owner=owner, key=self.key.public, role=role), now=now)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, line: bytes) -> None:
+        length = os.lseek(self._descriptor, 0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+            os.fsync(self._descriptor)
+        except OSError as error:
+            # Undo, so that the next append finds a whole ledger; truncating needs no free space.
+            os.ftruncate(self._descriptor, length)
+            raise LedgerUnavailable(
+                f"ledger {self.path}: could not be written ({error.strerror}); nothing was charged or released; "
+                "free some space and ask again"
+            ) from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise LedgerBroken(f"ledger {path}: cannot be read ({error.strerror})") from error
+
+
+def _locked(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise LedgerUnavailable(f"ledger {path}: cannot be opened ({error.strerror})") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise LedgerUnavailable(
+            f"ledger {path}: another process is writing it; a ledger has one writer, stop the other one first"
+        ) from error
+    return descriptor
+
+
+def _replayed(path: Path, descriptor: int, *, key: PublicKey, observe: Callable[[Entry], None]) -> Head:
+    entries, last, whole = 0, GENESIS_PREVIOUS, 0
+    with _opened(path) as file:
+        for line in iter(lambda: file.readline(MAX_ENTRY_BYTES), b""):
+            if not line.endswith(b"\n") and file.read(1) == b"":
+                line = _mended(path, descriptor, line, whole=whole)  # noqa: PLW2901 - the torn line's remains
+                if not line:
+                    break
+            observe(_verified(line, sequence=entries, previous=last, key=key, path=path))
+            entries, last, whole = entries + 1, digest(line.removesuffix(b"\n")), whole + len(line)
+    return Head(entries=entries, digest=last)
+
+
+def _mended(path: Path, descriptor: int, torn: bytes, *, whole: int) -> bytes:
+    """The last line with its newline if only that was lost; otherwise nothing, the fragment being set aside."""
+    if torn.endswith(b"}"):
+        os.lseek(descriptor, 0, os.SEEK_END)
+        os.write(descriptor, b"\n")
+        os.fsync(descriptor)
+        return torn + b"\n"
+    path.with_name(path.name + ".torn").write_bytes(torn)
+    os.ftruncate(descriptor, whole)
+    os.fsync(descriptor)
+    return b""
+
+
+def _verified(line: bytes, *, sequence: int, previous: str, key: PublicKey, path: Path) -> Entry:
+    where = f"ledger {path}: entry {sequence}"
+    if not line.endswith(b"\n"):
+        raise LedgerBroken(f"{where}: torn or longer than {MAX_ENTRY_BYTES} bytes")
+    raw = line.removesuffix(b"\n")
+    try:
+        entry = open_sealed(raw, as_=Entry, signed_by=key, limit=MAX_ENTRY_BYTES)
+    except FedgradeError as error:
+        raise LedgerBroken(f"{where}: {error}") from error
+    if entry.sequence != sequence or entry.previous != previous:
+        raise LedgerBroken(f"{where}: does not follow the entry before it; one was removed, added or moved")
+    if isinstance(entry.body, Genesis) != (sequence == 0):
+        raise LedgerBroken(f"{where}: a ledger begins with its one genesis entry")
+    if isinstance(entry.body, Genesis) and entry.body.key != key:
+        raise LedgerBroken(f"{where}: names another key than the one that signs it")
+    return entry

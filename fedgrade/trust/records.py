@@ -1,0 +1,193 @@
+"""What a ledger entry can say. The meaning of a field never changes; a new meaning is a new field or a new kind.
+
+Amounts are integers or exact fractions, never floating-point numbers. Counts of photos or grades never appear: the one
+size that does, ``declared_items``, is a number the partner chose to publish.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedgrade.errors import DocumentRefused
+from fedgrade.trust.identity import PublicKey, SiteId
+
+Purpose = Literal["centre", "train", "evaluate"]
+Partition = Literal["train", "test"]
+Unit = Literal["item"]
+Adjacency = Literal["add_or_remove_one"]
+Composition = Literal["zcdp", "mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteGaussian:
+    """An integer vector of L2 sensitivity ``sensitivity`` was released with discrete Gaussian noise of ``scale``.
+
+    Both in units of the integer grid. Cost: rho = sensitivity² / (2 scale²) of zero-concentrated differential privacy
+    (Canonne, Kamath and Steinke 2020, https://arxiv.org/abs/2004.00010, Theorem 4).
+    """
+
+    kind: Literal["discrete_gaussian"] = "discrete_gaussian"
+    sensitivity: int
+    scale: int
+
+    def __post_init__(self) -> None:
+        if self.sensitivity < 1 or self.scale < 1:
+            raise DocumentRefused(
+                f"mechanism: sensitivity {self.sensitivity} and scale {self.scale} must both be at least 1"
+            )
+
+    @property
+    def rho(self) -> Fraction:
+        """Exact cost of one release."""
+        return Fraction(self.sensitivity**2, 2 * self.scale**2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonGaussian:
+    """``steps`` Gaussian steps, each on a Poisson sample at ``sampling_rate`` with ``noise_multiplier`` (DP-SGD).
+
+    Abadi et al. (2016), https://arxiv.org/abs/1607.00133. The noise is floating-point, and reports say so.
+    """
+
+    kind: Literal["poisson_gaussian"] = "poisson_gaussian"
+    sampling_rate: Fraction
+    noise_multiplier: Fraction
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise DocumentRefused(f"mechanism: sampling_rate {self.sampling_rate} must be in (0, 1]")
+        if self.noise_multiplier <= 0 or self.steps < 1:
+            raise DocumentRefused(
+                f"mechanism: noise_multiplier {self.noise_multiplier} and steps {self.steps} must be positive"
+            )
+
+
+Mechanism = Annotated[DiscreteGaussian | PoissonGaussian, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountKey:
+    """Whose privacy is spent: one unit's in one ingestion cohort of one data lineage of one partner.
+
+    ``partition`` is part of the key because an item is in exactly one for life, so it only ever pays for one.
+    Runs and models are not part of it: an item's loss adds up over all of them.
+    """
+
+    partner: SiteId
+    lineage: str
+    cohort: str
+    partition: Partition
+    unit: Unit = "item"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Genesis:
+    """The first entry: whose ledger this is, and which key signs it."""
+
+    kind: Literal["genesis"] = "genesis"
+    owner: SiteId
+    key: PublicKey
+    role: Literal["site", "coordinator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOpened:
+    """A data set was put under account, with the partner's ceiling on it.
+
+    ``manifest_commitment`` is an HMAC of the manifest under the partner's own key: it binds, and reveals nothing.
+    ``composition`` is fixed for the account's life: ``zcdp`` admits integer noise alone, and all of ``delta`` turns
+    rho into epsilon; ``mixed`` also admits Poisson runs, and splits ``delta`` in advance.
+    """
+
+    kind: Literal["dataset"] = "dataset"
+    lineage: str
+    cohort: str
+    unit: Unit
+    adjacency: Adjacency
+    photos_per_item: int
+    declared_items: int
+    manifest_commitment: str
+    composition: Composition
+    epsilon_limit: Fraction
+    delta: Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanAccepted:
+    """The partner admitted a sealed job; nothing about that job can change afterwards."""
+
+    kind: Literal["plan"] = "plan"
+    job: str
+    job_envelope: str
+    mode: Literal["local", "distributed", "local_sgd"]
+    participants: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserve:
+    """Privacy was charged, before any photo was read for it. A crash after this leaves the charge standing."""
+
+    kind: Literal["reserve"] = "reserve"
+    job: str
+    round_index: int
+    attempt: int
+    purpose: Purpose
+    account: AccountKey
+    mechanism: Mechanism
+    weights_digest: str
+    epsilon_limit: Fraction
+    delta: Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The reserved release was computed; ``message_digest`` is the SHA-256 of the exact bytes that left."""
+
+    kind: Literal["commit"] = "commit"
+    reserve: int
+    job: str
+    round_index: int
+    attempt: int
+    purpose: Purpose
+    message_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abort:
+    """The reserved release was given up before anything left. The charge stands: caution is never refunded."""
+
+    kind: Literal["abort"] = "abort"
+    reserve: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundClosed:
+    """The coordinator closed a round: which receipts it holds, what the weights were and became."""
+
+    kind: Literal["round"] = "round"
+    job: str
+    round_index: int
+    attempt: int
+    purpose: Purpose
+    receipts: dict[SiteId, str]
+    weights_before: str
+    weights_after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """The coordinator published a model."""
+
+    kind: Literal["release"] = "release"
+    job: str
+    release_digest: str
+
+
+Body = Annotated[
+    Genesis | DatasetOpened | PlanAccepted | Reserve | Commit | Abort | RoundClosed | Released,
+    Field(discriminator="kind"),
+]
