@@ -55,3 +55,7 @@ class RoundFailed(FedgradeError):
 
 class MessageRefused(FedgradeError):
     """A wire message is stale, replayed, addressed elsewhere or out of order."""
+
+
+class AlreadyCharged(MessageRefused):
+    """This attempt of a round was charged before and its reply is lost; only a further attempt can succeed."""

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedgrade.errors import JobRefused, PlanRefused
-from fedgrade.privacy.accounting import poisson_epsilon, poisson_noise_multiplier, zcdp_epsilon, zcdp_rho
+from fedgrade.privacy.accounting import poisson_noise_multiplier, zcdp_epsilon, zcdp_rho
 from fedgrade.privacy.budget import Spending
 from fedgrade.trust.records import Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Purpose
 
@@ -97,8 +97,7 @@ class PrivacyPlan:
     """Exactly what each site releases: one ``centre``, ``rounds`` times ``train``, one ``evaluate``.
 
     Grid-based mechanisms are in units of the integer grid: a site's clipped sum is scaled by 2^``grid_bits`` /
-    ``max_grad_norm``, so that one item moves it by at most ``sensitivity`` in L2 norm. ``observer_share`` is the least
-    part of the aggregate's noise variance that each site must hold for the plan's claims about the aggregate.
+    ``max_grad_norm``, so that one item moves it by at most ``sensitivity`` in L2 norm.
     """
 
     mode: Literal["local", "distributed", "local_sgd"]
@@ -130,20 +129,16 @@ class PrivacyPlan:
         """What kind of account this plan needs."""
         return "mixed" if self.mode == "local_sgd" else "zcdp"
 
-    def training_spending(self) -> Spending:
-        """All that a training item pays if every round runs once."""
-        spending = Spending().charged(self.centre, job="plan")
+    def charge_training(self, spending: Spending, *, job: str) -> Spending:
+        """``spending`` of a training account after the whole job, if every round runs once."""
+        spending = spending.charged(self.centre, job=job)
         for _ in range(self.rounds):
-            spending = spending.charged(self.train, job="plan")
+            spending = spending.charged(self.train, job=job)
         return spending
 
-    def training_epsilon(self, *, composition: Composition) -> float:
-        """Epsilon of a training item over the whole job, seen by whoever sees the site's own uploads."""
-        return self.training_spending().epsilon(delta=self.delta, composition=composition)
-
-    def evaluation_epsilon(self, *, composition: Composition) -> float:
-        """Epsilon of a held-out item over the whole job."""
-        return Spending().charged(self.evaluate, job="plan").epsilon(delta=self.delta, composition=composition)
+    def charge_evaluation(self, spending: Spending, *, job: str) -> Spending:
+        """``spending`` of a held-out account after the whole job."""
+        return spending.charged(self.evaluate, job=job)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +176,7 @@ def observer_epsilons(plan: PrivacyPlan, *, participants: int) -> ObserverEpsilo
     For ``local_sgd`` no such reduction is claimed, because a site's update is not a sum with independent noise of the
     others until after local steps.
     """
-    spending = plan.training_spending()
+    spending = plan.charge_training(Spending(), job="plan")
     own = spending.epsilon(delta=plan.delta, composition=plan.composition)
     if plan.mode == "local_sgd":
         return ObserverEpsilons(coordinator=own, other_partner=own, model_holder=own, full_collusion=own)
@@ -249,10 +244,9 @@ def _sgd_plan(spec: LocalSgdSpec) -> PrivacyPlan:
 def _gaussian(rho: Fraction, *, bits: int) -> DiscreteGaussian:
     """The least integer noise scale on the grid of 2^``bits`` that costs at most ``rho``."""
     sensitivity = 2**bits
-    wanted = Fraction(sensitivity**2) / (2 * rho)
+    wanted = Fraction(sensitivity**2) / (2 * rho)  # the least square of a scale
     scale = math.isqrt(wanted.numerator // wanted.denominator)
-    while Fraction(sensitivity**2, 2 * scale**2) > rho if scale else True:
-        scale += 1
+    scale += scale**2 < wanted
     return DiscreteGaussian(sensitivity=sensitivity, scale=scale)
 
 

@@ -1,0 +1,217 @@
+"""A site's ledger and what follows from it: what is spent, what was already asked, and the charge before the release.
+
+The only way to a release is :meth:`Charging.reserve` before any photo is read, then :meth:`Charging.commit`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedgrade.errors import AlreadyCharged, LedgerBroken, MessageRefused
+from fedgrade.job import TrainingJob
+from fedgrade.privacy.budget import Ceiling, Spending, require_within
+from fedgrade.trust.identity import SigningKey, SiteId
+from fedgrade.trust.ledger import Appended, Entry, LedgerWriter
+from fedgrade.trust.records import (
+    Abort,
+    AccountKey,
+    Commit,
+    DatasetOpened,
+    Mechanism,
+    Partition,
+    PlanAccepted,
+    Purpose,
+    Reserve,
+)
+
+Clock = Callable[[], datetime]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One request for a release: its place in a job. Ordered as a job goes."""
+
+    job: str
+    purpose: Purpose
+    round_index: int
+    attempt: int
+
+    @property
+    def stage(self) -> tuple[int, int]:
+        """Where in the job this is: centring, then training rounds, then evaluation."""
+        return ("centre", "train", "evaluate").index(self.purpose), self.round_index
+
+
+class Charging:
+    """The accounts of one site, folded from its own ledger, which it alone writes."""
+
+    def __init__(self, *, site: SiteId, clock: Clock) -> None:
+        self._site = site
+        self._clock = clock
+        self._writer: LedgerWriter
+        self._spending: dict[AccountKey, Spending] = {}
+        self._datasets: dict[tuple[str, str], DatasetOpened] = {}
+        self._plans: dict[str, str] = {}
+        self._attempts: dict[tuple[str, tuple[int, int]], int] = {}
+        self._latest: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def open(cls, path: Path, *, site: SiteId, key: SigningKey, clock: Clock) -> Self:
+        """The accounts in the ledger at ``path``, which this process now holds; a new one is begun.
+
+        Raises:
+            LedgerUnavailable: another process writes it, or the disk refuses.
+            LedgerBroken: it does not verify.
+        """
+        charging = cls(site=site, clock=clock)
+        charging._writer = LedgerWriter.open(path, key=key, observe=charging._observe)
+        charging._writer.start(owner=site, role="site", now=clock())
+        return charging
+
+    def open_dataset(self, dataset: DatasetOpened) -> None:
+        """Put ``dataset`` under account, or confirm that it is, on the terms it was opened with.
+
+        Raises:
+            LedgerBroken: the same lineage and cohort stand in the ledger with other photos.
+        """
+        standing = self._datasets.get((dataset.lineage, dataset.cohort))
+        if standing == dataset:
+            return
+        if standing is not None:
+            # The partner may move its own ceiling, on the record; what the photos are and how they add up may not move.
+            same_terms = replace(dataset, epsilon_limit=standing.epsilon_limit, delta=standing.delta)
+            changed = [name for name in vars(standing) if getattr(same_terms, name) != getattr(standing, name)]
+            if changed:
+                raise LedgerBroken(
+                    f"data {dataset.lineage}/{dataset.cohort}: {changed[0]} differs from what the ledger has on "
+                    "record; a changed data set is a new ingestion cohort, under a new name"
+                )
+        self._append(dataset)
+
+    def accept(self, job: TrainingJob, *, envelope: str) -> None:
+        """Record that this site takes part in ``job``; once."""
+        if job.digest not in self._plans:
+            self._append(
+                PlanAccepted(
+                    job=job.digest, job_envelope=envelope, mode=job.plan.mode, participants=len(job.participants)
+                )
+            )
+
+    def job_envelope(self, job_digest: str) -> str:
+        """The sealed job that was admitted under this digest, as the ledger has it.
+
+        Raises:
+            MessageRefused: no such job was admitted here.
+        """
+        if job_digest not in self._plans:
+            raise MessageRefused(f"job {job_digest[:16]}: was never admitted by this site; send it first")
+        return self._plans[job_digest]
+
+    def account(self, dataset: DatasetOpened, *, partition: Partition) -> AccountKey:
+        """The account that pays for releases about one side of ``dataset``."""
+        return AccountKey(
+            partner=self._site, lineage=dataset.lineage, cohort=dataset.cohort, partition=partition, unit=dataset.unit
+        )
+
+    def spending(self, account: AccountKey) -> Spending:
+        """What ``account`` has been charged so far."""
+        return self._spending.get(account, Spending())
+
+    def require_fresh(self, ask: Ask, *, maximum_attempts: int) -> None:
+        """Return if ``ask`` comes after everything this job has asked for.
+
+        Raises:
+            AlreadyCharged: this attempt was asked before.
+            MessageRefused: something later was asked before, or the policy allows no further attempt.
+        """
+        latest = self._latest.get(ask.job)
+        if latest is not None and ask.stage < latest:
+            raise MessageRefused(f"{ask.purpose} round {ask.round_index}: this job has moved on")
+        tried = self._attempts.get((ask.job, ask.stage), -1)
+        if ask.attempt <= tried:
+            raise AlreadyCharged(
+                f"{ask.purpose} round {ask.round_index}: attempt {ask.attempt} was already charged; ask for "
+                f"attempt {tried + 1}"
+            )
+        if ask.attempt >= maximum_attempts:
+            raise MessageRefused(
+                f"{ask.purpose} round {ask.round_index}: attempt {ask.attempt}; policy.maximum_attempts is "
+                f"{maximum_attempts}"
+            )
+
+    def reserve(
+        self, ask: Ask, *, account: AccountKey, mechanism: Mechanism, ceiling: Ceiling, weights_digest: str
+    ) -> Appended:
+        """Charge ``account`` for one release, durably, before anything is computed.
+
+        Raises:
+            BudgetExceeded: it would pass the ceiling; nothing was charged.
+            LedgerUnavailable: it could not be written; nothing was charged.
+        """
+        after = self.spending(account).charged(mechanism, job=ask.job)
+        require_within(after, ceiling=ceiling, account=account)
+        return self._append(
+            Reserve(
+                job=ask.job,
+                round_index=ask.round_index,
+                attempt=ask.attempt,
+                purpose=ask.purpose,
+                account=account,
+                mechanism=mechanism,
+                weights_digest=weights_digest,
+                epsilon_limit=ceiling.epsilon,
+                delta=ceiling.delta,
+            )
+        )
+
+    def commit(self, ask: Ask, *, reserved: Appended, message_digest: str) -> Appended:
+        """Record what the reserved release became. The returned line is the receipt."""
+        return self._append(
+            Commit(
+                reserve=reserved.sequence,
+                job=ask.job,
+                round_index=ask.round_index,
+                attempt=ask.attempt,
+                purpose=ask.purpose,
+                message_digest=message_digest,
+            )
+        )
+
+    def abort(self, *, reserved: Appended, reason: str) -> None:
+        """Record that the reserved release will not happen. The charge stands."""
+        self._append(Abort(reserve=reserved.sequence, reason=reason))
+
+    def close(self) -> None:
+        """Give the ledger up."""
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _append(self, body: DatasetOpened | PlanAccepted | Reserve | Commit | Abort) -> Appended:
+        appended = self._writer.append(body, now=self._clock())
+        self._fold(body)
+        return appended
+
+    def _observe(self, entry: Entry) -> None:
+        self._fold(entry.body)
+
+    def _fold(self, body: object) -> None:
+        match body:
+            case DatasetOpened():
+                self._datasets[body.lineage, body.cohort] = body
+            case PlanAccepted():
+                self._plans[body.job] = body.job_envelope
+            case Reserve():
+                self._spending[body.account] = self.spending(body.account).charged(body.mechanism, job=body.job)
+                ask = Ask(job=body.job, purpose=body.purpose, round_index=body.round_index, attempt=body.attempt)
+                self._attempts[body.job, ask.stage] = body.attempt
+                self._latest[body.job] = ask.stage
+            case _:
+                pass

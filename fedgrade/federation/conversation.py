@@ -1,0 +1,171 @@
+"""The coordinator's side of one job's conversation: ask, ask again, and believe only what verifies.
+
+Silence is absence, not an error. A site that stayed silent is asked again with the same bytes, which costs it nothing;
+a site that lost its reply is asked for a further attempt, which it charges. A reply that does not verify counts as
+silence and is logged.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedgrade.errors import FedgradeError, MessageRefused, RoundFailed
+from fedgrade.federation.messages import (
+    AdmitRequest,
+    Admitted,
+    ContributeRequest,
+    Contribution,
+    Opened,
+    Refusal,
+    Reply,
+    Request,
+    read_message,
+    write_message,
+)
+from fedgrade.federation.payloads import read_release
+from fedgrade.job import TrainingJob
+from fedgrade.trust.canonical import digest
+from fedgrade.trust.envelope import seal
+from fedgrade.trust.identity import Roster, SigningKey, SiteId
+from fedgrade.trust.ledger import open_receipt
+from fedgrade.trust.records import Commit, Purpose
+
+logger = logging.getLogger(__name__)
+
+RESENDS = 2
+
+
+class Cohort(Protocol):
+    """Whoever carries bytes to sites and back."""
+
+    def ask(self, requests: Mapping[SiteId, bytes], *, deadline_seconds: float) -> Mapping[SiteId, bytes]:
+        """Replies of those who answered in time; silence is absence, not an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """What one stage brought: verified releases, and the receipt of each, byte for byte."""
+
+    releases: dict[SiteId, npt.NDArray[Any]]
+    receipts: dict[SiteId, bytes]
+
+
+class Conversation:
+    """One job's exchanges with the sites that take part; who refused stays out."""
+
+    def __init__(
+        self, job: TrainingJob, cohort: Cohort, key: SigningKey, roster: Roster, deadline_seconds: float
+    ) -> None:
+        self._job = job
+        self._cohort = cohort
+        self._key = key
+        self._roster = roster
+        self._deadline_seconds = deadline_seconds
+        self._active: tuple[SiteId, ...] = job.participants
+        self._refusals: dict[SiteId, Refusal] = {}
+
+    def admit(self) -> None:
+        """Show the sealed job to every participant; those that refuse stay out.
+
+        Raises:
+            RoundFailed: too few take part; names who refused and why.
+        """
+        body = AdmitRequest(job_envelope=seal(self._job, self._key).decode())
+        admitted: set[SiteId] = set()
+        for _ in range(1 + RESENDS):
+            silent = {site: self._request(site, body) for site in self._active if site not in admitted}
+            for site, reply in self._exchange(silent).items():
+                if isinstance(reply.document.body, Admitted):
+                    admitted.add(site)
+            if admitted.issuperset(self._active):
+                break
+        self._active = tuple(site for site in self._active if site in admitted)
+        self._require_enough(len(admitted), what="admission")
+
+    def gather(self, purpose: Purpose, round_index: int, tensors: bytes) -> Gathered:
+        """Releases for one stage from the sites that take part.
+
+        Raises:
+            RoundFailed: fewer than ``aggregation.minimum_sites`` answered with something that verifies.
+        """
+        gathered = Gathered(releases={}, receipts={})
+        attempts = dict.fromkeys(self._active, 0)
+        for _ in range(1 + RESENDS):
+            asked = {
+                site: self._request(
+                    site,
+                    ContributeRequest(purpose=purpose, round_index=round_index, attempt=attempts[site]),
+                    tensors=tensors,
+                )
+                for site in self._active
+                if site not in gathered.releases
+            }
+            for site, reply in self._exchange(asked).items():
+                body = reply.document.body
+                if isinstance(body, Refusal) and body.code == "spent":
+                    attempts[site] += 1
+                elif isinstance(body, Contribution):
+                    self._accept(gathered, site, reply, body, attempts[site])
+            if len(gathered.releases) == len(self._active):
+                break
+        self._require_enough(len(gathered.releases), what=f"{purpose} round {round_index}")
+        return gathered
+
+    def _exchange(self, requests: Mapping[SiteId, bytes]) -> dict[SiteId, Opened[Reply]]:
+        """Verified replies to ``requests``; refusals other than a lost reply put their site out of the job."""
+        replies: dict[SiteId, Opened[Reply]] = {}
+        for site, raw in self._cohort.ask(requests, deadline_seconds=self._deadline_seconds).items():
+            try:
+                reply = read_message(raw, as_=Reply, signed_by=self._roster.key_of(site))
+                if reply.document.site != site or reply.document.request_digest != digest(requests[site]):
+                    raise MessageRefused(f"reply of {reply.document.site} answers something else")
+            except (FedgradeError, KeyError) as error:
+                logger.warning("site %s: reply discarded: %s", site, error)
+                continue
+            replies[site] = reply
+            body = reply.document.body
+            if isinstance(body, Refusal) and body.code != "spent":
+                logger.warning("site %s refused (%s): %s", site, body.code, body.reason)
+                self._refusals[site] = body
+                self._active = tuple(active for active in self._active if active != site)
+        return replies
+
+    def _accept(self, gathered: Gathered, site: SiteId, reply: Opened[Reply], body: Contribution, attempt: int) -> None:
+        """Keep the contribution if its receipt vouches for exactly these bytes and this place in the job."""
+        try:
+            entry = open_receipt(body.receipt.encode(), key=self._roster.key_of(site)).body
+            place = (self._job.digest, body.purpose, body.round_index, body.attempt)
+            if not isinstance(entry, Commit) or place != (
+                entry.job,
+                entry.purpose,
+                entry.round_index,
+                entry.attempt,
+            ):
+                raise MessageRefused("the receipt is for another place in the job")
+            if entry.message_digest != digest(reply.tensors) or body.attempt != attempt:
+                raise MessageRefused("the receipt is for another release")
+            release = read_release(reply.tensors, self._job, body.purpose)
+        except FedgradeError as error:
+            logger.warning("site %s: contribution discarded: %s", site, error)
+            return
+        gathered.releases[site] = np.asarray(release)
+        gathered.receipts[site] = body.receipt.encode()
+
+    def _request(self, site: SiteId, body: AdmitRequest | ContributeRequest, *, tensors: bytes = b"") -> bytes:
+        request = Request(site=site, job=self._job.digest, body=body, tensors_digest=digest(tensors))
+        return write_message(request, tensors=tensors, key=self._key)
+
+    def _require_enough(self, answered: int, *, what: str) -> None:
+        wanted = self._job.spec.aggregation.minimum_sites
+        if answered < wanted:
+            refusals = "; ".join(
+                f"{site} refused ({body.code}): {body.reason}" for site, body in self._refusals.items()
+            )
+            raise RoundFailed(
+                f"{what}: {answered} sites answered, aggregation.minimum_sites is {wanted}"
+                + (f"; {refusals}" if refusals else "; the others stayed silent")
+            )

@@ -1,0 +1,126 @@
+"""What the coordinator and a site say to each other: signed documents, with arrays framed behind them.
+
+A frame is ``b"FGM1"``, the envelope's length (four bytes, little-endian), the DSSE envelope, then the arrays as one
+safetensors blob whose SHA-256 the signed document states. Nothing is parsed before its size is checked, and nothing
+is believed before its signature is.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Annotated, Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from fedgrade.errors import MessageRefused
+from fedgrade.trust.canonical import digest
+from fedgrade.trust.envelope import open_sealed, seal
+from fedgrade.trust.identity import PublicKey, SigningKey, SiteId
+from fedgrade.trust.records import Purpose
+
+MAX_MESSAGE_BYTES = 2**28
+_MAGIC = b"FGM1"
+_PREFIX = struct.Struct("<4sI")
+
+Document = TypeVar("Document", "Request", "Reply")
+RefusalCode = Literal["malformed", "policy", "budget", "stale", "spent", "data", "ledger", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmitRequest:
+    """Read this sealed job; take part or refuse. Spends nothing."""
+
+    kind: Literal["admit"] = "admit"
+    job_envelope: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContributeRequest:
+    """Make one release for ``purpose`` from the arrays that travel with this request."""
+
+    kind: Literal["contribute"] = "contribute"
+    purpose: Purpose
+    round_index: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """From the coordinator to one named site, about one job."""
+
+    site: SiteId
+    job: str
+    body: Annotated[AdmitRequest | ContributeRequest, Field(discriminator="kind")]
+    tensors_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """The site takes part."""
+
+    kind: Literal["admitted"] = "admitted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """The release travels behind this document; ``receipt`` is the signed ledger line that says what it cost."""
+
+    kind: Literal["contribution"] = "contribution"
+    purpose: Purpose
+    round_index: int
+    attempt: int
+    receipt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """The site will not. ``reason`` is for the coordinator's operator and says nothing about photos or labels."""
+
+    kind: Literal["refusal"] = "refusal"
+    code: RefusalCode
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """From one site to the coordinator; ``request_digest`` binds it to the exact bytes it answers."""
+
+    site: SiteId
+    request_digest: str
+    body: Annotated[Admitted | Contribution | Refusal, Field(discriminator="kind")]
+    tensors_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened(Generic[Document]):
+    """A message that was verified: what was signed, and the arrays' bytes that it vouches for."""
+
+    document: Document
+    tensors: bytes
+
+
+def write_message(document: Request | Reply, *, tensors: bytes, key: SigningKey) -> bytes:
+    """The frame that carries ``document``, signed by ``key``, and ``tensors`` behind it."""
+    envelope = seal(document, key)
+    return _PREFIX.pack(_MAGIC, len(envelope)) + envelope + tensors
+
+
+def read_message(raw: bytes, *, as_: type[Document], signed_by: PublicKey) -> Opened[Document]:
+    """The message in the frame ``raw``, signed by ``signed_by``.
+
+    Raises:
+        MessageRefused: not a frame, oversized, or the arrays are not those that were signed for.
+        SignatureRefused: not signed by that key.
+        DocumentRefused: what was signed is not a document of this kind.
+    """
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise MessageRefused(f"message: {len(raw)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    if len(raw) < _PREFIX.size:
+        raise MessageRefused(f"message: {len(raw)} bytes is too short for a frame")
+    magic, length = _PREFIX.unpack_from(raw)
+    if magic != _MAGIC or _PREFIX.size + length > len(raw):
+        raise MessageRefused("message: not a frame, or cut short")
+    envelope, tensors = raw[_PREFIX.size : _PREFIX.size + length], raw[_PREFIX.size + length :]
+    document = open_sealed(envelope, as_=as_, signed_by=signed_by)
+    if digest(tensors) != document.tensors_digest:
+        raise MessageRefused("message: the arrays are not those that were signed for")
+    return Opened(document=document, tensors=tensors)

@@ -1,0 +1,40 @@
+"""Replies that have left or may have: asked again, the same bytes go out. Fresh noise would be a second release."""
+
+import os
+from pathlib import Path
+
+from fedgrade.errors import LedgerUnavailable
+
+
+class Outbox:
+    """Sent replies on disk, by the digest of the request they answer."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = folder
+
+    def find(self, request_digest: str) -> bytes | None:
+        """The reply that answered the request with this digest, byte for byte, if there was one."""
+        path = self._path(request_digest)
+        return path.read_bytes() if path.exists() else None
+
+    def keep(self, request_digest: str, reply: bytes) -> None:
+        """Store ``reply`` durably, whole or not at all.
+
+        Raises:
+            LedgerUnavailable: the disk refused; the reply must not be sent, for it could not be repeated.
+        """
+        path = self._path(request_digest)
+        temporary = path.with_suffix(".part")
+        try:
+            with temporary.open("wb") as file:
+                file.write(reply)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise LedgerUnavailable(f"outbox {path}: could not be written ({error.strerror})") from error
+
+    def _path(self, request_digest: str) -> Path:
+        return self._folder / f"{request_digest}.reply"

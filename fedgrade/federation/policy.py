@@ -1,0 +1,126 @@
+"""The partner's own ceilings. A job can only ask; this file, on the partner's machine, has the last word.
+
+Nothing here is ever read from the wire, and nothing a job says can widen it.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from fedgrade.errors import DocumentRefused, PolicyViolated
+from fedgrade.job import TrainingJob
+from fedgrade.privacy.accounting import MIN_DELTA, printed
+from fedgrade.privacy.budget import Ceiling, Spending
+from fedgrade.privacy.plan import exact
+from fedgrade.trust.identity import SiteId
+from fedgrade.trust.records import Composition
+
+Mode = Literal["local", "distributed", "local_sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a partner allows, for any job and for the life of its data.
+
+    Attributes:
+        modes: privacy modes this partner takes part in. With ``local_sgd`` among them, accounts are opened as
+            ``mixed``, which turns the same charges into a slightly larger epsilon.
+        epsilon_limit: ceiling on epsilon for each account, over all jobs there will ever be.
+        delta: the delta at which that ceiling is measured.
+        epsilon_per_job: the most that one job may plan to spend.
+        maximum_rounds: the most rounds one job may have.
+        maximum_attempts: how often one round may be asked for anew; every attempt is charged.
+        minimum_participants: fewer partners than this, and the sum says too much about each.
+        minimum_items: with fewer items of one's own, stay out.
+        backbones: architectures this partner runs.
+    """
+
+    modes: tuple[Mode, ...]
+    epsilon_limit: float
+    delta: float
+    epsilon_per_job: float
+    maximum_rounds: int
+    maximum_attempts: int
+    minimum_participants: int
+    minimum_items: int
+    backbones: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon_limit", "epsilon_per_job"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise DocumentRefused(f"policy.{name}: {getattr(self, name)} must be above 0")
+        if not MIN_DELTA <= exact(self.delta) < 1:
+            raise DocumentRefused(f"policy.delta: {self.delta} must be at least 1e-9 and below 1")
+        for name in ("maximum_rounds", "maximum_attempts", "minimum_participants", "minimum_items"):
+            if getattr(self, name) < 1:
+                raise DocumentRefused(f"policy.{name}: {getattr(self, name)} must be at least 1")
+
+    @property
+    def composition(self) -> Composition:
+        """What kind of accounts this partner opens."""
+        return "mixed" if "local_sgd" in self.modes else "zcdp"
+
+    @property
+    def ceiling(self) -> Ceiling:
+        """The lifetime limit on each account."""
+        return Ceiling(epsilon=exact(self.epsilon_limit), delta=exact(self.delta), composition=self.composition)
+
+
+def admit(job: TrainingJob, *, policy: Policy, site: SiteId, declared_items: int) -> None:
+    """Return if ``policy`` lets ``site`` take part in ``job``.
+
+    Raises:
+        PolicyViolated: names the first rule that the job breaks, its value and the limit.
+    """
+    plan, spec = job.plan, job.spec
+    rules: tuple[tuple[bool, str], ...] = (
+        (site in job.declared_items, f"site {site} is not among the participants"),
+        (
+            job.declared_items.get(site) == declared_items,
+            f"the job says this site declared {job.declared_items.get(site)} items; it declared {declared_items}",
+        ),
+        (plan.mode in policy.modes, f"privacy.mode {plan.mode!r} is not among policy.modes {list(policy.modes)}"),
+        (
+            plan.delta <= exact(policy.delta),
+            f"privacy.delta {float(plan.delta):g} exceeds policy.delta {policy.delta:g}",
+        ),
+        (
+            plan.rounds <= policy.maximum_rounds,
+            f"privacy.rounds {plan.rounds} exceeds policy.maximum_rounds {policy.maximum_rounds}",
+        ),
+        (
+            len(job.declared_items) >= policy.minimum_participants,
+            f"{len(job.declared_items)} participants; policy.minimum_participants is {policy.minimum_participants}",
+        ),
+        (
+            spec.model.backbone in policy.backbones,
+            f"model.backbone {spec.model.backbone!r} is not among policy.backbones {list(policy.backbones)}",
+        ),
+        (
+            declared_items >= policy.minimum_items,
+            f"{declared_items} declared items; policy.minimum_items is {policy.minimum_items}",
+        ),
+    )
+    for kept, broken in rules:
+        if not kept:
+            raise PolicyViolated(f"job {spec.name}: {broken}")
+    _check_epsilon(job, policy=policy)
+
+
+def _check_epsilon(job: TrainingJob, *, policy: Policy) -> None:
+    # Measured at the policy's delta and composition, not at whatever the job calls its own.
+    delta = exact(policy.delta)
+    planned = {
+        "training": job.plan.charge_training(Spending(), job=job.digest).epsilon(
+            delta=delta, composition=policy.composition
+        ),
+        "evaluation": job.plan.charge_evaluation(Spending(), job=job.digest).epsilon(
+            delta=delta, composition=policy.composition
+        ),
+    }
+    for what, epsilon in planned.items():
+        if Fraction(epsilon) > exact(policy.epsilon_per_job):
+            raise PolicyViolated(
+                f"job {job.spec.name}: {what} would cost epsilon {printed(epsilon)}; policy.epsilon_per_job is "
+                f"{policy.epsilon_per_job:.2f}; ask for a lower privacy.target_epsilon"
+            )

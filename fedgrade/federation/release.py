@@ -1,0 +1,79 @@
+"""A published model: weights, the sealed job they come from, what it cost, how good it is, and a signature over all.
+
+Partners open a release before they use it; whoever does gets a verified value or an error, never a boolean.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgrade.errors import DocumentRefused, ModelRefused
+from fedgrade.evaluation import ConfusionCounts, GradingMetrics
+from fedgrade.federation.payloads import Head, read_head, write_head
+from fedgrade.federation.store import write_durably
+from fedgrade.job import TrainingJob
+from fedgrade.trust.canonical import digest
+from fedgrade.trust.envelope import open_sealed, seal
+from fedgrade.trust.identity import PublicKey, SigningKey, SiteId
+
+_DOCUMENT, _WEIGHTS = "release.json", "weights.safetensors"
+_MAX_BYTES = 2**28
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRelease:
+    """What the coordinator signs when it publishes.
+
+    ``counts`` and ``metrics`` were measured on held-out real photos under differential privacy; ``contributions`` is
+    how many stages each site answered.
+    """
+
+    job: TrainingJob
+    weights_digest: str
+    counts: ConfusionCounts
+    metrics: GradingMetrics
+    contributions: dict[SiteId, int]
+    published: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRelease:
+    """A release that was verified, and its head."""
+
+    release: ModelRelease
+    head: Head
+    digest: str
+
+
+def publish(release: ModelRelease, head: Head, *, folder: Path, key: SigningKey) -> str:
+    """Write ``release`` and its weights into ``folder``; returns the digest of the signed document."""
+    weights = write_head(head)
+    if digest(weights) != release.weights_digest:
+        raise ModelRefused("release: the weights are not those that the document names")
+    folder.mkdir(parents=True, exist_ok=True)
+    document = seal(release, key)
+    write_durably(folder / _WEIGHTS, weights)
+    write_durably(folder / _DOCUMENT, document)
+    return digest(document)
+
+
+def open_release(folder: Path, *, signed_by: PublicKey) -> OpenedRelease:
+    """The release in ``folder``, signed by ``signed_by``, with weights that are the ones it names.
+
+    Raises:
+        DocumentRefused, SignatureRefused, ModelRefused: it is not such a release; nothing of it may be used.
+    """
+    raw = _read(folder / _DOCUMENT)
+    release = open_sealed(raw, as_=ModelRelease, signed_by=signed_by, what=f"release {folder}")
+    weights = _read(folder / _WEIGHTS)
+    if digest(weights) != release.weights_digest:
+        raise ModelRefused(f"release {folder}: {_WEIGHTS} is not the file that was signed for")
+    return OpenedRelease(release=release, head=read_head(weights, release.job), digest=digest(raw))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise DocumentRefused(f"release {path}: {path.stat().st_size} bytes; the limit is {_MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DocumentRefused(f"release {path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,244 @@
+"""One loop drives every cohort: in process, Flower's simulation engine, a Flower deployment.
+
+:func:`run_job` asks for one stage after another (a feature centre, training rounds, one evaluation), steps, and saves
+after each. It is the coordinator's side; it sees releases and receipts, never a photo, and takes no one's word for
+either.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+import numpy as np
+
+from fedgrade.aggregation.mean import (
+    ServerState,
+    add_update,
+    descend,
+    final_weights,
+    mean_of_releases,
+    mean_of_updates,
+    sum_of_releases,
+)
+from fedgrade.errors import LedgerBroken
+from fedgrade.evaluation import ConfusionCounts, metrics
+from fedgrade.federation.conversation import Cohort, Conversation, Gathered
+from fedgrade.federation.payloads import Head, write_head
+from fedgrade.federation.release import ModelRelease, publish
+from fedgrade.federation.store import RunState, RunStore
+from fedgrade.job import TrainingJob
+from fedgrade.privacy.grid import from_grid
+from fedgrade.trust.canonical import digest
+from fedgrade.trust.identity import Roster, SigningKey, SiteId
+from fedgrade.trust.ledger import Entry, LedgerWriter
+from fedgrade.trust.records import DiscreteGaussian, Purpose, Released, RoundClosed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a job: what is asked for, and which round of it this is."""
+
+    purpose: Purpose
+    round_index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What an operator watches: all of it public."""
+
+    stage: int
+    stages: int
+    purpose: Purpose
+    answered: int
+    participants: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinator:
+    """The coordinator's identity, clock and way to report; ``deadline_seconds`` bounds the wait for one stage."""
+
+    key: SigningKey
+    roster: Roster
+    clock: Callable[[], datetime]
+    report: Callable[[Progress], None]
+    deadline_seconds: float
+
+
+def stages_of(job: TrainingJob) -> tuple[Stage, ...]:
+    """Every stage of ``job`` in order."""
+    rounds = (Stage(purpose="train", round_index=index) for index in range(job.plan.rounds))
+    return (
+        Stage(purpose="centre", round_index=0),
+        *rounds,
+        Stage(purpose="evaluate", round_index=0),
+    )
+
+
+def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store: RunStore, log: "RoundLog") -> str:
+    """Train ``job`` with ``cohort`` from wherever ``store`` says it stands; returns the digest of the signed release.
+
+    Raises:
+        RoundFailed: fewer sites than ``aggregation.minimum_sites`` answered; the checkpoint before it stands.
+    """
+    conversation = Conversation(job, cohort, coordinator.key, coordinator.roster, coordinator.deadline_seconds)
+    conversation.admit()
+    state = store.load(job) or _start(job)
+    stages = stages_of(job)
+    for index in range(state.next_stage, len(stages)):
+        head = _head(state, stages[index])
+        gathered = conversation.gather(stages[index].purpose, stages[index].round_index, write_head(head))
+        state = _advance(job, state, stages[index], gathered)
+        store.keep_receipts(index, gathered.receipts)
+        log.close_round(job, stages[index], gathered, before=head, after=_current_head(state), now=coordinator.clock())
+        store.save(state, job)
+        coordinator.report(
+            Progress(
+                stage=index + 1,
+                stages=len(stages),
+                purpose=stages[index].purpose,
+                answered=len(gathered.releases),
+                participants=len(job.participants),
+            )
+        )
+    return _publish(job, state, coordinator=coordinator, store=store, log=log)
+
+
+class RoundLog:
+    """The coordinator's own ledger: which receipts it holds for which round, and what it published."""
+
+    def __init__(self) -> None:
+        self._writer: LedgerWriter
+        self._closed: dict[tuple[str, Purpose, int], RoundClosed] = {}
+        self._released: set[tuple[str, str]] = set()
+
+    @classmethod
+    def open(cls, writer_of: Callable[[Callable[[Entry], None]], LedgerWriter], *, now: datetime) -> "RoundLog":
+        """The log whose ledger ``writer_of`` opens, replaying it into the observer that it is given."""
+        log = cls()
+        log._writer = writer_of(log._observe)
+        log._writer.start(owner=SiteId("coordinator"), role="coordinator", now=now)
+        return log
+
+    def close_round(
+        self, job: TrainingJob, stage: Stage, gathered: Gathered, *, before: Head, after: Head, now: datetime
+    ) -> None:
+        """Record one stage. After a crash the same stage again must be the same, and is not recorded twice.
+
+        Raises:
+            LedgerBroken: the stage stands in the ledger with other weights or receipts.
+        """
+        closed = RoundClosed(
+            job=job.digest,
+            round_index=stage.round_index,
+            attempt=0,
+            purpose=stage.purpose,
+            receipts={site: digest(line) for site, line in sorted(gathered.receipts.items())},
+            weights_before=digest(write_head(before)),
+            weights_after=digest(write_head(after)),
+        )
+        standing = self._closed.get((job.digest, stage.purpose, stage.round_index))
+        if standing is None:
+            self._writer.append(closed, now=now)
+            self._closed[job.digest, stage.purpose, stage.round_index] = closed
+        elif standing != closed:
+            raise LedgerBroken(
+                f"{stage.purpose} round {stage.round_index}: was closed with other replies before a crash; the "
+                "coordinator's ledger and its checkpoint do not belong together"
+            )
+
+    def release(self, job: TrainingJob, release_digest: str, *, now: datetime) -> None:
+        """Record that a model was published, once."""
+        if (job.digest, release_digest) not in self._released:
+            self._writer.append(Released(job=job.digest, release_digest=release_digest), now=now)
+            self._released.add((job.digest, release_digest))
+
+    def close(self) -> None:
+        """Give the ledger up."""
+        self._writer.close()
+
+    def _observe(self, entry: Entry) -> None:
+        match entry.body:
+            case RoundClosed():
+                body = entry.body
+                self._closed[body.job, body.purpose, body.round_index] = body
+            case Released():
+                self._released.add((entry.body.job, entry.body.release_digest))
+            case _:
+                pass
+
+
+def _start(job: TrainingJob) -> RunState:
+    shape = job.head_shape()
+    return RunState(
+        next_stage=0,
+        centre=np.zeros(shape[1] - 1),
+        server=ServerState.start(np.zeros(shape)),
+        counts=ConfusionCounts.zero(job.spec.grading.grades),
+        contributions={},
+    )
+
+
+def _advance(job: TrainingJob, state: RunState, stage: Stage, gathered: Gathered) -> RunState:
+    """The state after one stage's releases: pure arithmetic on public numbers."""
+    answered = {site: state.contributions.get(site, 0) + 1 for site in gathered.releases}
+    state = replace(state, next_stage=state.next_stage + 1, contributions={**state.contributions, **answered})
+    match stage.purpose:
+        case "centre":
+            declared = sum(job.declared_items[site] for site in gathered.releases)
+            centre = mean_of_releases(
+                gathered.releases.values(), max_norm=1.0, mechanism=job.plan.centre, declared_items=declared
+            )
+            return replace(state, centre=centre)
+        case "train":
+            return replace(state, server=_train(job, state.server, stage.round_index, gathered))
+        case "evaluate":
+            total = from_grid(sum_of_releases(gathered.releases.values()), max_norm=1.0, mechanism=job.plan.evaluate)
+            grades = job.spec.grading.grades
+            return replace(state, counts=ConfusionCounts.of(total.reshape(grades, grades)))
+
+
+def _train(job: TrainingJob, server: ServerState, round_index: int, gathered: Gathered) -> ServerState:
+    spec, rounds, mechanism = job.spec.aggregation, job.plan.rounds, job.plan.train
+    if isinstance(mechanism, DiscreteGaussian):
+        gradient = mean_of_releases(
+            gathered.releases.values(),
+            max_norm=job.plan.max_grad_norm,
+            mechanism=mechanism,
+            declared_items=sum(job.declared_items[site] for site in gathered.releases),
+        )
+        return descend(server, gradient.reshape(job.head_shape()), spec=spec, round_index=round_index, rounds=rounds)
+    updates = [(release, job.declared_items[site]) for site, release in gathered.releases.items()]
+    update = mean_of_updates(updates).reshape(job.head_shape())
+    return add_update(server, update, spec=spec, round_index=round_index, rounds=rounds)
+
+
+def _head(state: RunState, stage: Stage) -> Head:
+    """What sites are shown in this stage: the current iterate, or for evaluation the model to be released."""
+    return _final_head(state) if stage.purpose == "evaluate" else _current_head(state)
+
+
+def _current_head(state: RunState) -> Head:
+    return Head(thresholds=state.server.weights, centre=state.centre)
+
+
+def _final_head(state: RunState) -> Head:
+    return Head(thresholds=final_weights(state.server), centre=state.centre)
+
+
+def _publish(job: TrainingJob, state: RunState, *, coordinator: Coordinator, store: RunStore, log: RoundLog) -> str:
+    head, now = _final_head(state), coordinator.clock()
+    release = ModelRelease(
+        job=job,
+        weights_digest=digest(write_head(head)),
+        counts=state.counts,
+        metrics=metrics(state.counts, job.spec.grading),
+        contributions=state.contributions,
+        published=now.isoformat(timespec="seconds"),
+    )
+    published = publish(release, head, folder=store.release_folder, key=coordinator.key)
+    log.release(job, published, now=now)
+    logger.info("job %s: released", job.spec.name)
+    return published

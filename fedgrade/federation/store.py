@@ -1,0 +1,136 @@
+"""What a coordinator keeps of one run on disk: the sealed job, a checkpoint after every stage, and sites' receipts.
+
+A crash loses at most the stage that was open; asking for it again costs sites nothing, because they resend.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedgrade.aggregation.mean import ServerState
+from fedgrade.errors import DocumentRefused, ModelRefused
+from fedgrade.evaluation import ConfusionCounts
+from fedgrade.job import TrainingJob
+from fedgrade.model.weights import read_weights, write_weights
+from fedgrade.trust.canonical import decode, digest, encode
+from fedgrade.trust.identity import SiteId
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands: ``next_stage`` counts the stages done; arrays are the coordinator's own, all public."""
+
+    next_stage: int
+    centre: npt.NDArray[np.float64]
+    server: ServerState
+    counts: ConfusionCounts
+    contributions: dict[SiteId, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    job: str
+    next_stage: int
+    averaged: int
+    counts: ConfusionCounts
+    contributions: dict[SiteId, int]
+    tensors: str
+
+
+class RunStore:
+    """One run's folder on the coordinator's disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._checkpoints = folder / "checkpoint"
+        self._receipts = folder / "receipts"
+        for path in (self._checkpoints, self._receipts):
+            path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def release_folder(self) -> Path:
+        """Where the signed model goes."""
+        return self.folder / "release"
+
+    def save(self, state: RunState, job: TrainingJob) -> None:
+        """Make ``state`` the one that a restart resumes from, whole or not at all."""
+        tensors = write_weights(
+            {
+                "centre": state.centre,
+                "weights": state.server.weights,
+                "velocity": state.server.velocity,
+                "average": state.server.average,
+            },
+            metadata={},
+        )
+        checkpoint = _Checkpoint(
+            job=job.digest,
+            next_stage=state.next_stage,
+            averaged=state.server.averaged,
+            counts=state.counts,
+            contributions=state.contributions,
+            tensors=digest(tensors),
+        )
+        path = self._checkpoints / f"{checkpoint.tensors}.safetensors"
+        write_durably(path, tensors)
+        write_durably(self._checkpoints / "latest.json", encode(checkpoint))
+        for stale in self._checkpoints.glob("*.safetensors"):
+            if stale != path:
+                stale.unlink()
+
+    def load(self, job: TrainingJob) -> RunState | None:
+        """The state to resume ``job`` from; nothing if it never got through a stage.
+
+        Raises:
+            DocumentRefused, ModelRefused: the checkpoint is another job's, or damaged.
+        """
+        latest = self._checkpoints / "latest.json"
+        if not latest.exists():
+            return None
+        checkpoint = decode(_Checkpoint, latest.read_bytes(), what=f"checkpoint {latest}")
+        if checkpoint.job != job.digest:
+            raise DocumentRefused(f"checkpoint {latest}: belongs to job {checkpoint.job[:16]}; give this job its own")
+        raw = (self._checkpoints / f"{checkpoint.tensors}.safetensors").read_bytes()
+        if digest(raw) != checkpoint.tensors:
+            raise ModelRefused(f"checkpoint {latest}: its arrays have changed on disk")
+        shape = job.head_shape()
+        expected = dict.fromkeys(("weights", "velocity", "average"), (shape, "float64"))
+        arrays = read_weights(raw, expected={**expected, "centre": ((shape[1] - 1,), "float64")})
+        server = ServerState(
+            weights=arrays["weights"],
+            velocity=arrays["velocity"],
+            average=arrays["average"],
+            averaged=checkpoint.averaged,
+        )
+        return RunState(
+            next_stage=checkpoint.next_stage,
+            centre=arrays["centre"],
+            server=server,
+            counts=checkpoint.counts,
+            contributions=checkpoint.contributions,
+        )
+
+    def keep_receipts(self, stage: int, receipts: dict[SiteId, bytes]) -> None:
+        """Store the receipts of one stage, one file a stage and site; the same stage again overwrites itself."""
+        for site, line in receipts.items():
+            folder = self._receipts / site
+            folder.mkdir(exist_ok=True)
+            write_durably(folder / f"{stage:05d}.json", line)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` so that a power cut leaves either the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,122 @@
+"""A training job: every spec composed, solved and ready to be sealed. Knows no network, no site and no photo.
+
+``conf/`` mirrors :class:`JobSpec` field by field. :func:`plan_job` adds what follows from it and from who takes part;
+the result is sealed by the coordinator, and nothing about it can change afterwards.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from fedgrade.aggregation.mean import AggregationSpec
+from fedgrade.errors import JobRefused
+from fedgrade.grading import GradeScale
+from fedgrade.model.spec import ModelSpec
+from fedgrade.privacy.plan import PrivacyPlan, PrivacySpec, calibrate
+from fedgrade.trust.canonical import digest, encode
+from fedgrade.trust.identity import SiteId, site_id
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_MAX_SITES = 1000
+# Guideline of PRIVACY: delta well below one over the number of items it protects.
+_DELTA_MARGIN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What a site's data must be to take part.
+
+    Attributes:
+        asset_type: what is inspected, in the words of the manifests.
+        test_fraction: part of each site's sources held out; a source is a physical thing, never split between sides.
+        synthetic_ceiling: largest part of a training set that may be synthetic; evaluation takes real photos only.
+        minimum_items: a site with fewer training items stays out; its noise would drown it.
+    """
+
+    asset_type: str
+    test_fraction: float
+    synthetic_ceiling: float
+    minimum_items: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_fraction < 1:
+            raise JobRefused(f"data.test_fraction: {self.test_fraction} must be above 0 and below 1")
+        if not 0 <= self.synthetic_ceiling <= 1:
+            raise JobRefused(f"data.synthetic_ceiling: {self.synthetic_ceiling} must be in [0, 1]")
+        if self.minimum_items < 1:
+            raise JobRefused(f"data.minimum_items: {self.minimum_items} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What the coordinator wishes for, as written in ``conf/``."""
+
+    name: str
+    data: DataSpec
+    model: ModelSpec
+    grading: GradeScale
+    privacy: PrivacySpec
+    aggregation: AggregationSpec
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise JobRefused(f"name: {self.name[:80]!r} must be 1 to 63 of a-z, 0-9, '.', '_' and '-'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """A job that can be sealed: the wish, who takes part, and the privacy plan that follows.
+
+    ``declared_items`` maps each participant to the number of training items it chose to publish; it scales the mean
+    and weighs the sites, and reveals only what the partner declared. ``nonce`` keeps two runs of one wish apart.
+    """
+
+    spec: JobSpec
+    declared_items: dict[SiteId, int]
+    plan: PrivacyPlan
+    nonce: str
+
+    def __post_init__(self) -> None:
+        if len(self.declared_items) > _MAX_SITES:
+            raise JobRefused(f"participants: {len(self.declared_items)}; the limit is {_MAX_SITES}")
+        for site, items in self.declared_items.items():
+            site_id(site)
+            if items < self.spec.data.minimum_items:
+                raise JobRefused(f"participant {site}: {items} items; data.minimum_items asks for more")
+            if self.plan.delta > Fraction(1, _DELTA_MARGIN * items):
+                raise JobRefused(
+                    f"privacy.delta: {float(self.plan.delta):g} is too large for the {items} items of {site}; "
+                    f"at most 1/(10 n) = {1 / (_DELTA_MARGIN * items):.1e}"
+                )
+        if self.spec.aggregation.minimum_sites > len(self.declared_items):
+            raise JobRefused(
+                f"aggregation.minimum_sites: {self.spec.aggregation.minimum_sites} exceeds the "
+                f"{len(self.declared_items)} participants"
+            )
+        if self.plan != calibrate(self.spec.privacy, participants=len(self.declared_items)):
+            raise JobRefused("plan: is not the one that follows from the job's own privacy spec and participants")
+
+    @property
+    def participants(self) -> tuple[SiteId, ...]:
+        """Who takes part, in one fixed order."""
+        return tuple(sorted(self.declared_items))
+
+    @property
+    def digest(self) -> str:
+        """What messages, ledgers and releases name this job by."""
+        return digest(encode(self))
+
+    def head_shape(self) -> tuple[int, int]:
+        """Shape of the head's weights: thresholds between grades, by features and one bias."""
+        return self.spec.grading.grades - 1, self.spec.model.feature_dimensions + 1
+
+
+def plan_job(spec: JobSpec, *, declared_items: dict[SiteId, int], nonce: str) -> TrainingJob:
+    """``spec`` with its privacy plan solved for these participants.
+
+    Raises:
+        PlanRefused: no plan meets the spec.
+        JobRefused: the parts do not go together.
+    """
+    plan = calibrate(spec.privacy, participants=len(declared_items))
+    return TrainingJob(spec=spec, declared_items=declared_items, plan=plan, nonce=nonce)

@@ -1,0 +1,169 @@
+"""Gradients of single items, clipped: the head's private training. The one file that knows Opacus.
+
+The unit is the item: its photos' losses are averaged inside one sample, so that Opacus' per-sample gradient *is* the
+item's mean gradient. Two recipes: :func:`clipped_gradient_sum` for the full-batch modes (exact integer grid, noise
+added by the caller), and :func:`train_by_sgd` for ``local_sgd`` (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
+"""
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch.nn import functional
+
+from fedgrade.errors import ModelRefused
+from fedgrade.privacy.grid import grid_rows
+from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+_CHUNK_ITEMS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemBatch:
+    """Items ready for the head: sensitive, so passed and never stored or sent.
+
+    Attributes:
+        inputs: [items, photos, features] of the head, zero-padded to the item with most photos.
+        photo_weights: [items, photos], 1/photos of the item for a photo and 0 for padding.
+        grades: [items], positions on the scale.
+    """
+
+    inputs: FloatArray
+    photo_weights: FloatArray
+    grades: IntArray
+
+    def __post_init__(self) -> None:
+        items, photos, _ = self.inputs.shape
+        if self.photo_weights.shape != (items, photos) or self.grades.shape != (items,):
+            raise ModelRefused("item batch: inputs, photo weights and grades are not of the same items")
+
+    def __repr__(self) -> str:
+        return "ItemBatch(<sensitive>)"
+
+    def take(self, chosen: npt.NDArray[np.bool_] | slice) -> "ItemBatch":
+        """The chosen items alone."""
+        return ItemBatch(
+            inputs=self.inputs[chosen], photo_weights=self.photo_weights[chosen], grades=self.grades[chosen]
+        )
+
+    def __len__(self) -> int:
+        return len(self.grades)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdRecipe:
+    """How ``local_sgd`` trains between two uploads: everything here is public."""
+
+    mechanism: PoissonGaussian
+    max_grad_norm: float
+    learning_rate: float
+    declared_items: int
+
+
+def clipped_gradient_sum(
+    thresholds: FloatArray, batch: ItemBatch, *, max_grad_norm: float, mechanism: DiscreteGaussian
+) -> IntArray:
+    """Exact sum over items of the clipped per-item gradients at ``thresholds``, on the mechanism's grid.
+
+    Args:
+        thresholds: [grades - 1, features], the head's weights.
+        batch: the items.
+        max_grad_norm: L2 clip of one item's mean gradient.
+        mechanism: states the grid; no noise is added here.
+
+    Returns:
+        Integers [(grades - 1) * features].
+
+    Guarantee: one item more or less moves the result by at most ``mechanism.sensitivity`` in L2 norm.
+    """
+    total = np.zeros(thresholds.size, dtype=np.int64)
+    for rows in _gradient_rows(thresholds, batch):
+        total += grid_rows(rows, max_norm=max_grad_norm, mechanism=mechanism).sum(axis=0, dtype=np.int64)
+    return total
+
+
+def train_by_sgd(thresholds: FloatArray, batch: ItemBatch, recipe: SgdRecipe) -> FloatArray:
+    """The change of ``thresholds`` [grades - 1, features] after the recipe's Poisson-sampled DP-SGD steps (Opacus).
+
+    Every item joins each step independently with the mechanism's sampling rate, drawn from a generator that the
+    operating system seeds and nobody else sees; an empty batch is a step like any other. The update's noise comes
+    from Opacus, in floating point: reports say so.
+    """
+    generator = torch.Generator().manual_seed(secrets.randbits(63))
+    module = _per_item_head(thresholds)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(module.parameters(), lr=recipe.learning_rate),
+        noise_multiplier=float(recipe.mechanism.noise_multiplier),
+        max_grad_norm=recipe.max_grad_norm,
+        expected_batch_size=max(1, round(recipe.declared_items * recipe.mechanism.sampling_rate)),
+        loss_reduction="mean",
+        generator=generator,
+    )
+    for _ in range(recipe.mechanism.steps):
+        chosen = _poisson_sample(len(batch), float(recipe.mechanism.sampling_rate), generator)
+        optimizer.zero_grad()
+        _backward(module, batch.take(chosen))
+        optimizer.step()
+    trained = _weight(module).detach().numpy().astype(np.float64)
+    module.remove_hooks()
+    return np.asarray(trained - thresholds, dtype=np.float64)
+
+
+def _gradient_rows(thresholds: FloatArray, batch: ItemBatch) -> Iterator[FloatArray]:
+    """Per-item gradients [items of a chunk, (grades - 1) * features]; chunks bound the memory."""
+    for start in range(0, len(batch), _CHUNK_ITEMS):
+        module = _per_item_head(thresholds)
+        chunk = batch.take(slice(start, start + _CHUNK_ITEMS))
+        _backward(module, chunk)
+        rows = _weight(module).grad_sample.reshape(len(chunk), -1).numpy()
+        module.remove_hooks()
+        yield np.asarray(rows, dtype=np.float64)
+
+
+def _per_item_head(thresholds: FloatArray) -> GradSampleModule:
+    """A fresh linear head under Opacus' hooks; a module is never wrapped twice."""
+    outputs, inputs = thresholds.shape
+    head = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(thresholds))
+    return GradSampleModule(head, batch_first=True, loss_reduction="sum")
+
+
+def _backward(module: GradSampleModule, batch: ItemBatch) -> None:
+    """Leave each item's mean gradient in ``grad_sample``; an item whose gradient is not finite counts as zero."""
+    weight = _weight(module)
+    if len(batch) == 0:
+        # Opacus takes the batch size from the gradients; an empty batch has noise alone, and still counts.
+        weight.grad_sample = torch.zeros((0, *weight.shape), dtype=weight.dtype)
+        return
+    # Opacus' hooks warn unless the inputs ask for a gradient too; it is not used.
+    inputs = torch.from_numpy(batch.inputs).requires_grad_()
+    scores = module(inputs)  # [items, photos, grades - 1]
+    ranks = torch.arange(scores.shape[-1])
+    exceeds = (torch.from_numpy(batch.grades)[:, None] > ranks).to(scores.dtype)
+    losses = functional.binary_cross_entropy_with_logits(
+        scores, exceeds[:, None, :].expand_as(scores), reduction="none"
+    ).sum(dim=-1)
+    torch.autograd.backward((losses * torch.from_numpy(batch.photo_weights)).sum())
+    finite = torch.isfinite(weight.grad_sample).flatten(1).all(dim=1)
+    weight.grad_sample = torch.where(finite[:, None, None], weight.grad_sample, 0.0)
+
+
+def _weight(module: GradSampleModule) -> Any:
+    """The head's one parameter; Opacus hangs an untyped ``grad_sample`` [items, ...] on it."""
+    (parameter,) = module.parameters()
+    return parameter
+
+
+def _poisson_sample(items: int, rate: float, generator: torch.Generator) -> npt.NDArray[np.bool_]:
+    drawn = torch.rand(items, generator=generator, dtype=torch.float64) < rate
+    return np.asarray(drawn.numpy(), dtype=np.bool_)
