@@ -1,0 +1,223 @@
+"""The site's door on its own machine: gRPC on a Unix socket that only the site's user may open.
+
+The operator's commands (status, pause, resume, drain) come through it, and so do requests from a stock Flower
+ClientApp, which thereby gets replies without keys or photos within its reach. Folder 0700, socket 0600: whoever can
+open it is the site's user, so there is no further authentication.
+"""
+
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
+from concurrent import futures
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import grpc
+
+from clients.agent_pb2 import AnswerReply, AnswerRequest, Nothing, SiteStatus
+from clients.agent_pb2_grpc import AgentServicer, AgentStub, add_AgentServicer_to_server
+from clients.gate import Gate, Mode, SiteClosed
+from fedgrade.errors import DocumentRefused, FedgradeError
+
+logger = logging.getLogger(__name__)
+
+MAX_ENVELOPE_BYTES: Final = 256 * 1024 * 1024
+_OPTIONS: Final = [
+    ("grpc.max_receive_message_length", MAX_ENVELOPE_BYTES + 1024),
+    ("grpc.max_send_message_length", MAX_ENVELOPE_BYTES + 1024),
+]
+_MAX_SOCKET_PATH_BYTES: Final = 100  # sun_path holds 108 on Linux and 104 on macOS, with its end
+_OTHERS: Final = 0o077
+_STATUS_SECONDS: Final = 5.0
+
+
+class AgentUnavailable(FedgradeError):
+    """The site's process does not listen, is paused or draining, or did not answer in time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentStatus:
+    """What the site's process says of itself.
+
+    Attributes:
+        mode: what its operator last asked for.
+        answering: whether a request is being answered now.
+        answered: requests since the process began.
+        link: the node's connection in words; empty without one.
+    """
+
+    mode: Mode
+    answering: bool
+    answered: int
+    link: str
+
+
+class AgentServer:
+    """Serves ``gate`` on the socket at ``path``; a context manager.
+
+    Args:
+        gate: stands before the site's ``answer``.
+        path: of the socket; its folder is created with mode 0700, or must have it.
+        link: says how the node's connection stands.
+    """
+
+    def __init__(self, gate: Gate, path: Path, *, link: Callable[[], str] = str) -> None:
+        self._path = path
+        # One answer at a time passes the gate; the other threads are for status and pause meanwhile.
+        self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=_OPTIONS)
+        add_AgentServicer_to_server(_Servicer(gate, link), self._server)
+
+    def __enter__(self) -> Self:
+        """Listen.
+
+        Raises:
+            DocumentRefused: another process listens there, the path is too long, or others may enter its folder.
+        """
+        _claim(self._path)
+        try:
+            self._server.add_insecure_port(f"unix:{self._path}")
+        except RuntimeError as error:
+            raise DocumentRefused(f"socket {self._path}: cannot be opened ({error})") from error
+        # The folder already keeps others out while the socket has the mode that the umask gave it.
+        self._path.chmod(0o600)
+        self._server.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Stop listening; an answer under way gets two seconds to leave."""
+        self._server.stop(grace=2.0).wait()
+        self._path.unlink(missing_ok=True)
+
+
+class AgentClient:
+    """Talks to the site's process behind the socket at ``path``; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._channel = grpc.insecure_channel(f"unix:{path}", options=_OPTIONS)
+        self._stub = AgentStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._channel.close()
+
+    def answer(self, envelope: bytes, *, timeout_seconds: float | None = None) -> bytes:
+        """The site's reply to ``envelope``.
+
+        Raises:
+            DocumentRefused: ``envelope`` is over 256 MiB.
+            AgentUnavailable: nobody listens, the site is closed, or the time is up.
+        """
+        if len(envelope) > MAX_ENVELOPE_BYTES:
+            raise DocumentRefused(f"envelope of {len(envelope)} bytes: at most {MAX_ENVELOPE_BYTES} are sent")
+        reply = self._call(self._stub.Answer, AnswerRequest(envelope=envelope), timeout_seconds)
+        return bytes(reply.envelope)
+
+    def status(self) -> AgentStatus:
+        """How the site stands.
+
+        Raises:
+            AgentUnavailable: nobody listens.
+        """
+        return self._status(self._stub.Status)
+
+    def pause(self) -> AgentStatus:
+        """Let the site answer nothing until ``resume``.
+
+        Raises:
+            AgentUnavailable: nobody listens.
+        """
+        return self._status(self._stub.Pause)
+
+    def resume(self) -> AgentStatus:
+        """Let the site answer again.
+
+        Raises:
+            AgentUnavailable: nobody listens.
+        """
+        return self._status(self._stub.Resume)
+
+    def drain(self) -> AgentStatus:
+        """Let the site finish what it answers now, and then end.
+
+        Raises:
+            AgentUnavailable: nobody listens.
+        """
+        return self._status(self._stub.Drain)
+
+    def _status(self, method: Any) -> AgentStatus:
+        status = self._call(method, Nothing(), _STATUS_SECONDS)
+        return AgentStatus(
+            mode=Mode(status.mode), answering=status.answering, answered=status.answered, link=status.link
+        )
+
+    def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout_seconds)
+        except grpc.RpcError as error:
+            raise AgentUnavailable(f"site at {self._path}: {error.code().name}: {error.details()}") from error
+
+
+class _Servicer(AgentServicer):  # type: ignore[misc]  # generated code has no types
+    """The five calls of agent.proto, answered by one gate."""
+
+    def __init__(self, gate: Gate, link: Callable[[], str]) -> None:
+        self._gate = gate
+        self._link = link
+
+    def Answer(self, request: AnswerRequest, context: grpc.ServicerContext) -> AnswerReply:  # noqa: N802 -- gRPC's name
+        try:
+            return AnswerReply(envelope=self._gate.answer(request.envelope))
+        except SiteClosed as error:
+            context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except Exception:
+            # A door: the caller may be foreign code, so it gets no trace; the operator finds it in the log.
+            logger.exception("the site could not answer a request on its socket")
+            context.abort(grpc.StatusCode.INTERNAL, "the site could not answer; its operator has the reason")
+        raise AssertionError("context.abort raises")
+
+    def Status(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
+        del request, context
+        return SiteStatus(
+            mode=self._gate.mode, answering=self._gate.answering, answered=self._gate.answered, link=self._link()
+        )
+
+    def Pause(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
+        self._gate.pause()
+        return self.Status(request, context)
+
+    def Resume(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
+        self._gate.resume()
+        return self.Status(request, context)
+
+    def Drain(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
+        self._gate.drain()
+        return self.Status(request, context)
+
+
+def _claim(path: Path) -> None:
+    """Make ``path`` free for a socket of ours.
+
+    Raises:
+        DocumentRefused: see ``AgentServer.__enter__``.
+    """
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+        raise DocumentRefused(f"socket {path}: at most {_MAX_SOCKET_PATH_BYTES} bytes; choose a shorter folder")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.parent.stat().st_mode & _OTHERS:
+        raise DocumentRefused(f"socket folder {path.parent}: others may enter; run chmod 700 {path.parent}")
+    if not path.exists():
+        return
+    # gRPC would silently take over the socket of a site that still runs.
+    with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionRefusedError):
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise DocumentRefused(f"socket {path}: a file of another kind is there; move it away")
+        probe.connect(str(path))
+        raise DocumentRefused(f"socket {path}: the site's process already listens there; stop it first")
+    path.unlink()

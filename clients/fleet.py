@@ -1,0 +1,332 @@
+"""The one file that knows flwr's private Fleet API: activate, pull one message, push one reply, deactivate.
+
+It uses ``FleetHttpClient`` and not ``http_request_response`` above it, because that one ends the process when a
+connection cannot be made (``os._exit`` after five seconds) and sends itself SIGINT on a 401: right for a command,
+wrong for a process that must outlive its coordinator's restarts. flwr is pinned ``>=1.41,<1.42``, and
+tests/clients/test_flwr_contract.py fails when a name or a signature used here moves. An app bundle is never asked for:
+``GetFab`` is not called.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_head_values_from_object_content,
+    get_object_id,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_object_contents_from_iterable,
+)
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from clients.wire import MESSAGE_TYPE, unwrap, wrap
+from fedgrade.errors import FedgradeError, MessageRefused
+
+# Object heads, protobuf framing and HTTP around one envelope; measured below 1 KiB.
+_OVERHEAD_BYTES: Final = 64 * 1024
+_OBJECT_TYPES: Final = ["ConfigRecord", "RecordDict", "Message"]  # post-order, as flwr walks its object trees
+_PULL_SECONDS: Final = 120.0
+_MAX_REASON_CHARACTERS: Final = 300
+
+Result = TypeVar("Result")
+
+
+class LinkDown(FedgradeError):
+    """The SuperLink cannot be reached now; the same call may succeed later."""
+
+
+class LinkRefused(FedgradeError):
+    """The SuperLink was reached and refused: wrong authority, unknown node key, or the run is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetAccess:
+    """What one connection needs.
+
+    Attributes:
+        address: ``host:port`` of the SuperLink's public listener.
+        root_certificate: PEM of the coordinator's private authority.
+        key: the node's EC P-384 key; only its public half leaves the site, at enrolment.
+        max_message_bytes: larger messages are refused before their bytes are read.
+        heartbeat_seconds: the SuperLink holds the node for alive during twice this time.
+    """
+
+    address: str
+    root_certificate: bytes
+    key: ec.EllipticCurvePrivateKey
+    max_message_bytes: int
+    heartbeat_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """A message announced by the SuperLink, whose bytes have not been fetched yet."""
+
+    message: Message
+    tree: ObjectTree
+
+    @property
+    def run_id(self) -> int:
+        """The run that sent it."""
+        return int(self.message.metadata.run_id)
+
+
+class FleetConnection:
+    """One authenticated conversation with a SuperLink over TLS; safe for one worker and one heartbeat thread."""
+
+    def __init__(self, access: FleetAccess) -> None:
+        self._access = access
+        try:
+            self._client = FleetHttpClient.from_server_address(
+                access.address,
+                insecure=False,
+                root_certificates=access.root_certificate,
+                interceptors=[
+                    RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    NodeAuthHttpInterceptor(access.key, access.key.public_key()),
+                ],
+            )
+        except (ValueError, OSError) as error:  # ssl.SSLError is an OSError
+            raise LinkRefused(f"SuperLink {access.address}: root certificate is not usable PEM ({error})") from error
+        # A redirect would let a SuperLink aim the node's requests at the partner's own network.
+        self._client._client.follow_redirects = False  # noqa: SLF001
+        self._client._client.event_hooks = {"response": [self._refuse_oversized]}  # noqa: SLF001
+        self._node = Node()
+
+    def activate(self) -> int:
+        """Announce the node as online; its id at the SuperLink.
+
+        Raises:
+            LinkDown: no answer.
+            LinkRefused: wrong authority, unknown key, or the node is still held for online elsewhere.
+        """
+        public_key = self._access.key.public_key()
+        response = self._call(
+            self._client.ActivateNode,
+            ActivateNodeRequest(
+                public_key=public_key_to_bytes(public_key), heartbeat_interval=self._access.heartbeat_seconds
+            ),
+        )
+        self._node = Node(node_id=response.node_id)
+        return int(response.node_id)
+
+    def heartbeat(self) -> None:
+        """Tell the SuperLink that the node is still there.
+
+        Raises:
+            LinkDown: no answer.
+            LinkRefused: the SuperLink no longer knows the node.
+        """
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=self._access.heartbeat_seconds)
+        if not self._call(self._client.SendNodeHeartbeat, request).success:
+            raise LinkRefused(f"SuperLink {self._access.address}: the node is no longer enrolled")
+
+    def receive(self) -> Parcel | None:
+        """The next message for this node, if there is one. The SuperLink hands each out once.
+
+        Raises:
+            LinkDown: no answer.
+            LinkRefused: the node is no longer enrolled.
+        """
+        response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        if not response.messages_list or not response.message_object_trees:
+            return None
+        return Parcel(message=message_from_proto(response.messages_list[0]), tree=response.message_object_trees[0])
+
+    def fetch(self, parcel: Parcel) -> bytes:
+        """The bytes inside ``parcel``.
+
+        Guarantee: nothing but one message, one dictionary and one record of the promised size is fetched, and each
+        object's bytes hash to the name under which the SuperLink announced it.
+
+        Raises:
+            MessageRefused: another type, shape or size.
+            LinkDown: no answer.
+            LinkRefused: the run is over.
+        """
+        identifiers = _promised_objects(parcel)
+        pull = make_pull_object_fn_protobuf(
+            lambda request: self._call(self._client.PullObject, request), self._node, parcel.run_id
+        )
+        try:
+            contents = pull_objects(
+                identifiers, pull_object_fn=pull, max_time=_PULL_SECONDS, initial_backoff=0.03, backoff_cap=0.2
+            )
+        except ObjectPullError as error:
+            raise MessageRefused(f"message {identifiers[-1][:16]}: its objects never arrived ({error})") from error
+        message = _inflate(identifiers, contents)
+        return unwrap(message.content, max_message_bytes=self._access.max_message_bytes)
+
+    def confirm(self, parcel: Parcel) -> None:
+        """Let the SuperLink forget the request's objects.
+
+        Raises:
+            LinkDown: no answer.
+            LinkRefused: the run is over.
+        """
+        confirm = make_confirm_message_received_fn_protobuf(
+            lambda request: self._call(self._client.ConfirmMessageReceived, request), self._node, parcel.run_id
+        )
+        confirm(parcel.message.metadata.message_id)
+
+    def reply(self, parcel: Parcel, envelope: bytes) -> None:
+        """Send ``envelope`` back to the sender of ``parcel``.
+
+        Raises:
+            LinkDown: no answer.
+            LinkRefused: the run is over.
+        """
+        self._push(Message(wrap(envelope), reply_to=parcel.message))
+
+    def refuse(self, parcel: Parcel, reason: str) -> None:
+        """Send one line that says why ``parcel`` is not answered.
+
+        Raises:
+            LinkDown: no answer.
+            LinkRefused: the run is over.
+        """
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason[:_MAX_REASON_CHARACTERS])
+        self._push(Message(error, reply_to=parcel.message))
+
+    def close(self) -> None:
+        """Announce the node as offline if the SuperLink still listens, and close the connection."""
+        try:
+            if self._node.node_id:
+                self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self._node.node_id))
+        except (LinkDown, LinkRefused):
+            # The SuperLink will find out by itself: no heartbeat comes.
+            return
+        finally:
+            self._client.close()
+
+    def _push(self, message: Message) -> None:
+        message.metadata.__dict__["_message_id"] = message.object_id
+        objects = get_all_nested_objects(message)
+        response = self._call(
+            self._client.PushMessages,
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(remove_content_from_message(message))],
+                message_object_trees=[get_object_tree(message)],
+                clientapp_runtime_list=[0.0],  # how long a site computes is no business of the SuperLink
+            ),
+        )
+        push = make_push_object_fn_protobuf(
+            lambda request: self._call(self._client.PushObject, request),
+            self._node,
+            message.metadata.run_id,
+            response.session_id,
+        )
+        wanted = set(response.objects_to_push)
+        try:
+            push_object_contents_from_iterable(
+                ((name, item.deflate()) for name, item in objects.items() if name in wanted), push
+            )
+        except ObjectPushError as error:
+            raise LinkRefused(f"SuperLink {self._access.address}: {error}") from error
+
+    def _call(self, method: Callable[..., Result], request: object) -> Result:
+        """``method(request)``, with httpx's many ways to fail told apart into later and no."""
+        try:
+            return method(request)
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            text = f"SuperLink {self._access.address}: HTTP {status} for {error.request.url.path}"
+            if status in {httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT}:
+                raise LinkDown(text) from error
+            said = FlowerError.from_json(error.response.text)
+            raise LinkRefused(f"{text}{_hint(status)}{f' ({said.message[:200]})' if said else ''}") from error
+        except httpx.TransportError as error:
+            if "certificate" in str(error).lower():
+                raise LinkRefused(
+                    f"SuperLink {self._access.address}: not signed by the authority given ({error})"
+                ) from error
+            raise LinkDown(f"SuperLink {self._access.address}: {error or type(error).__name__}") from error
+        except ValueError as error:
+            raise LinkRefused(f"SuperLink {self._access.address}: unreadable response ({error})") from error
+
+    def _refuse_oversized(self, response: httpx.Response) -> None:
+        """Called by httpx before a body is read: without a declared, bounded, uncompressed length it is not read."""
+        limit = self._access.max_message_bytes + _OVERHEAD_BYTES
+        length = response.headers.get("content-length", "")
+        if response.headers.get("content-encoding", "identity") != "identity" or not length.isdecimal():
+            raise MessageRefused("SuperLink response: a plain body of declared length is required")
+        if int(length) > limit:
+            raise MessageRefused(f"SuperLink response of {length} bytes: at most {limit} bytes are read")
+
+
+def _promised_objects(parcel: Parcel) -> list[str]:
+    """Identifiers of the record, the dictionary and the message, in this order.
+
+    Raises:
+        MessageRefused: another message type, or another number of objects.
+    """
+    if parcel.message.metadata.message_type != MESSAGE_TYPE:
+        raise MessageRefused(
+            f"message type {parcel.message.metadata.message_type[:40]!r}: only {MESSAGE_TYPE!r} is answered"
+        )
+    identifiers = []
+    for node in iterate_object_tree(parcel.tree):
+        identifiers.append(node.object_id)
+        if len(identifiers) > len(_OBJECT_TYPES) or len(node.children) > 1:
+            break
+    if len(identifiers) != len(_OBJECT_TYPES) or len(set(identifiers)) != len(_OBJECT_TYPES):
+        raise MessageRefused(f"message content: exactly {len(_OBJECT_TYPES)} nested objects are read")
+    return identifiers
+
+
+def _inflate(identifiers: list[str], contents: dict[str, bytes]) -> Message:
+    """The message that ``contents`` spell, after their hashes and types have been checked."""
+    try:
+        # flwr picks a class by the name inside the bytes; fixing the names first leaves it no choice.
+        types = [get_object_head_values_from_object_content(contents[name])[0] for name in identifiers]
+        hashed = all(get_object_id(contents[name]) == name for name in identifiers)
+        message = inflate_object_from_contents(identifiers[-1], contents) if types == _OBJECT_TYPES and hashed else None
+    except Exception as error:
+        # flwr's parsers raise whatever they meet in hostile bytes: ValueError, KeyError, DecodeError, IndexError …
+        raise MessageRefused(f"message content: unreadable ({type(error).__name__})") from error
+    if not isinstance(message, Message) or not message.has_content():
+        raise MessageRefused(f"message content: expected {_OBJECT_TYPES}, each hashing to its name")
+    return message
+
+
+def _hint(status: int) -> str:
+    match status:
+        case httpx.codes.UNAUTHORIZED:
+            return "; this node key is not enrolled, or the clock is off by minutes"
+        case httpx.codes.FORBIDDEN:
+            return "; the run is over"
+        case _:
+            return ""

@@ -1,0 +1,259 @@
+"""The resident node: takes a message from the SuperLink, hands its bytes to ``answer``, sends the reply back.
+
+One process for the life of the site. It never fetches or runs an app bundle, whatever the coordinator submits, and it
+outlives the SuperLink: every failure of the link is a pause with a growing back-off, never the end of the process.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, TypeVar
+
+from clients.fleet import FleetAccess, FleetConnection, LinkDown, LinkRefused, Parcel
+from clients.gate import Answer
+from clients.node_key import load_node_key
+from clients.wire import MAX_MESSAGE_BYTES
+from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# The wait between polls is a twentieth of the quiet so far: a round is delayed by 5 % at most, an idle site is silent.
+_POLL_SHARE: Final = 0.05
+_FIRST_RETRY_SECONDS: Final = 0.25
+_REPLY_PATIENCE_SECONDS: Final = 120.0
+_MAX_CERTIFICATE_BYTES: Final = 256 * 1024
+_MIN_HEARTBEAT_SECONDS: Final = 10.0  # flwr.common.constant.HEARTBEAT_MIN_INTERVAL
+_MAX_HEARTBEAT_SECONDS: Final = 1800.0
+
+
+class LinkPhase(StrEnum):
+    """Where the node stands with its SuperLink."""
+
+    CONNECTING = "connecting"
+    ONLINE = "online"
+    UNREACHABLE = "unreachable"
+    REFUSED = "refused"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkState:
+    """A phase, and one line for the operator."""
+
+    phase: LinkPhase
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLink:
+    """How a site reaches its SuperLink.
+
+    Attributes:
+        address: ``host:port`` of the public listener.
+        root_certificate: PEM file of the coordinator's authority.
+        node_key: private EC P-384 key file, mode 0600.
+        busy_poll_seconds: shortest wait between two polls, while a run is on.
+        idle_poll_seconds: longest wait between two polls.
+        heartbeat_seconds: a node that dies without a word is held for online during twice this time, and its
+            successor is refused for as long.
+        retry_cap_seconds: longest wait before the link is tried again.
+        max_message_bytes: larger requests are refused unread.
+    """
+
+    address: str
+    root_certificate: Path
+    node_key: Path
+    busy_poll_seconds: float = 0.05
+    idle_poll_seconds: float = 3.0
+    heartbeat_seconds: float = 10.0
+    retry_cap_seconds: float = 15.0
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+
+    def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise DocumentRefused(f"SuperLink address {self.address!r}: expected host:port")
+        if not 0 < self.busy_poll_seconds <= self.idle_poll_seconds:
+            raise DocumentRefused(
+                f"busy_poll_seconds {self.busy_poll_seconds}: above 0, at most {self.idle_poll_seconds}"
+            )
+        if not _MIN_HEARTBEAT_SECONDS <= self.heartbeat_seconds <= _MAX_HEARTBEAT_SECONDS:
+            raise DocumentRefused(
+                f"heartbeat_seconds {self.heartbeat_seconds}: Flower takes {_MIN_HEARTBEAT_SECONDS:.0f} to "
+                f"{_MAX_HEARTBEAT_SECONDS:.0f}"
+            )
+        if self.retry_cap_seconds <= 0 or self.max_message_bytes < 1:
+            raise DocumentRefused(
+                f"retry_cap_seconds {self.retry_cap_seconds} and max_message_bytes {self.max_message_bytes}: "
+                "both must be above 0"
+            )
+
+
+OnState = Callable[[LinkState], None]
+
+
+def log_state(state: LinkState) -> None:
+    """Tell the operator's log that the link changed."""
+    logger.info("link %s: %s", state.phase, state.detail)
+
+
+def serve(link: NodeLink, answer: Answer, *, stop: threading.Event, on_state: OnState = log_state) -> None:
+    """Answer the SuperLink's messages until ``stop`` is set.
+
+    Args:
+        link: where and as whom.
+        answer: from request bytes to reply bytes; if it raises, the sender gets one line and no reply.
+        stop: ends the loop within about a second, or when the answer under way has been sent.
+        on_state: called when the phase or its detail changes, from this thread.
+
+    Raises:
+        DocumentRefused: key or certificate cannot be read; nothing is retried, since nobody would come to mend it.
+    """
+    access = FleetAccess(
+        address=link.address,
+        root_certificate=_read_certificate(link.root_certificate),
+        key=load_node_key(link.node_key),
+        max_message_bytes=link.max_message_bytes,
+        heartbeat_seconds=link.heartbeat_seconds,
+    )
+    # httpx writes a line for each request at INFO: twenty a second while a run is on.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    tell = _OnChange(on_state)
+    delay = _FIRST_RETRY_SECONDS
+    while not stop.is_set():
+        tell(LinkPhase.CONNECTING, link.address)
+        began = time.monotonic()
+        try:
+            _one_connection(link, access, answer, stop, tell)
+        except LinkDown as error:
+            tell(LinkPhase.UNREACHABLE, str(error))
+        except LinkRefused as error:
+            # Also what a node meets that came back too soon: its predecessor is still held for online.
+            tell(LinkPhase.REFUSED, str(error))
+        if time.monotonic() - began > link.retry_cap_seconds:
+            delay = _FIRST_RETRY_SECONDS
+        stop.wait(delay)
+        delay = min(2 * delay, link.retry_cap_seconds)
+    tell(LinkPhase.STOPPED, link.address)
+
+
+class _OnChange:
+    """Calls ``on_state`` when the state differs from the last; CONNECTING is told once, not at every retry."""
+
+    def __init__(self, on_state: OnState) -> None:
+        self._on_state = on_state
+        self._last: LinkState | None = None
+
+    def __call__(self, phase: LinkPhase, detail: str) -> None:
+        state = LinkState(phase=phase, detail=detail)
+        retrying = phase is LinkPhase.CONNECTING and self._last is not None and self._last.phase is not LinkPhase.ONLINE
+        if state != self._last and not retrying:
+            self._last = state
+            self._on_state(state)
+
+
+def _one_connection(
+    link: NodeLink, access: FleetAccess, answer: Answer, stop: threading.Event, tell: _OnChange
+) -> None:
+    """Serve until the link fails or ``stop`` is set."""
+    connection = FleetConnection(access)
+    lost = threading.Event()
+    heart = threading.Thread(target=_beat, args=(connection, link, lost), name="fleet-heartbeat", daemon=True)
+    try:
+        node_id = connection.activate()
+        tell(LinkPhase.ONLINE, f"node {node_id} at {link.address}")
+        heart.start()
+        _poll(connection, link, answer, stop=stop, lost=lost)
+    finally:
+        lost.set()
+        if heart.ident is not None:
+            heart.join(timeout=1.0)
+        connection.close()
+
+
+def _beat(connection: FleetConnection, link: NodeLink, lost: threading.Event) -> None:
+    """Heartbeats until ``lost``; sets it when the SuperLink no longer knows the node."""
+    while not lost.wait(0.7 * link.heartbeat_seconds):
+        try:
+            connection.heartbeat()
+        except LinkDown as error:
+            logger.debug("heartbeat: %s", error)
+        except FedgradeError as error:
+            logger.warning("heartbeat: %s", error)
+            lost.set()
+
+
+def _poll(
+    connection: FleetConnection, link: NodeLink, answer: Answer, *, stop: threading.Event, lost: threading.Event
+) -> None:
+    last = time.monotonic() - link.idle_poll_seconds / _POLL_SHARE
+    while not stop.is_set() and not lost.is_set():
+        try:
+            parcel = connection.receive()
+        except MessageRefused as error:
+            logger.warning("message dropped: %s", error)
+            parcel = None
+        if parcel is not None:
+            _answer_one(connection, parcel, answer, stop)
+            last = time.monotonic()
+            continue
+        quiet = time.monotonic() - last
+        stop.wait(min(link.idle_poll_seconds, max(link.busy_poll_seconds, _POLL_SHARE * quiet)))
+
+
+def _answer_one(connection: FleetConnection, parcel: Parcel, answer: Answer, stop: threading.Event) -> None:
+    """Fetch, answer, send. A failure ends this message and not the node."""
+    try:
+        request = _patiently(lambda: connection.fetch(parcel), stop)
+        _patiently(lambda: connection.confirm(parcel), stop)
+        reply = answer(request)
+    except LinkRefused as error:
+        logger.warning("run %d: message left unanswered: %s", parcel.run_id, error)
+        return
+    except LinkDown:
+        raise
+    except MessageRefused as error:
+        reason = str(error)
+        logger.warning("run %d: message refused: %s", parcel.run_id, reason)
+        _send(lambda: connection.refuse(parcel, reason), parcel, stop)
+        return
+    except Exception:
+        # The last door of the site: the operator reads the trace here, the coordinator learns nothing from it.
+        logger.exception("run %d: the site could not answer", parcel.run_id)
+        _send(lambda: connection.refuse(parcel, "the site could not answer; its operator has the reason"), parcel, stop)
+        return
+    _send(lambda: connection.reply(parcel, reply), parcel, stop)
+
+
+def _send(send: Callable[[], None], parcel: Parcel, stop: threading.Event) -> None:
+    try:
+        _patiently(send, stop)
+    except LinkRefused as error:
+        logger.warning("run %d: reply not taken: %s", parcel.run_id, error)
+
+
+def _patiently(operation: Callable[[], Result], stop: threading.Event) -> Result:
+    """``operation()``, tried again while the SuperLink restarts, since it hands out a message only once."""
+    deadline = time.monotonic() + _REPLY_PATIENCE_SECONDS
+    delay = _FIRST_RETRY_SECONDS
+    while True:
+        try:
+            return operation()
+        except LinkDown:
+            if time.monotonic() > deadline or stop.wait(delay):
+                raise
+            delay = min(2 * delay, 5.0)
+
+
+def _read_certificate(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_MAX_CERTIFICATE_BYTES)
+    except OSError as error:
+        raise DocumentRefused(f"root certificate {path}: {error.strerror}; ask the coordinator for it") from error

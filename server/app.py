@@ -1,0 +1,60 @@
+"""The ServerApp of one run: finds the run directory, reaches its sites through Flower, and lets the loop run.
+
+Installed with the coordinator and named by an empty bundle, so a run executes what the operator installed and no code
+that came over the network.
+"""
+
+import logging
+from pathlib import Path
+from typing import Final
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedgrade.errors import FedgradeError, JobRefused
+from server.grid_cohort import GridCohort
+from server.nodes_file import read_nodes
+
+logger = logging.getLogger(__name__)
+
+RUN_DIRECTORY: Final = "run-directory"
+
+app = ServerApp()
+
+
+class RunFailed(RuntimeError):
+    """Ends the run with Flower's status "failed" and one line of reason."""
+
+
+@app.main()  # type: ignore[untyped-decorator]
+def main(grid: Grid, context: Context) -> None:
+    """Run the job that lies in the run directory.
+
+    Raises:
+        RunFailed: the job could not be finished; the text is the reason.
+    """
+    # A process of its own, whose standard error Flower forwards to the coordinator's log.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # httpx writes a line for each poll at INFO.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Imported here: the loop brings in numerical libraries that a look at this module should not cost.
+    from server.coordinate import coordinate  # noqa: PLC0415
+
+    try:
+        run_directory = _run_directory(context)
+        coordinate(run_directory, GridCohort(grid, read_nodes(run_directory)))
+    except FedgradeError as error:
+        logger.error("run failed: %s", error)  # noqa: TRY400 -- the line says it all; Flower adds its own trace
+        raise RunFailed(f"{type(error).__name__}: {error}") from None
+
+
+def _run_directory(context: Context) -> Path:
+    """The absolute path in the run's configuration.
+
+    Raises:
+        JobRefused: there is none, or it is no folder.
+    """
+    given = context.run_config.get(RUN_DIRECTORY, "")
+    if not isinstance(given, str) or not given or not Path(given).is_absolute() or not Path(given).is_dir():
+        raise JobRefused(f"{RUN_DIRECTORY} {given!r}: expected the absolute path of a run's folder")
+    return Path(given)

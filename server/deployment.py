@@ -1,0 +1,287 @@
+"""A whole federation on this machine: SuperLink, superexec, one resident node a site, and the run between them.
+
+Real processes, real TLS, real signatures, on loopback. Everything is written below the run directory, and no process
+outlives the deployment: see server/keeper.py.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Final, Self
+
+from fedgrade.errors import FedgradeError
+from fedgrade.trust.identity import SiteId
+from server import keeper
+from server.app import RUN_DIRECTORY
+from server.certificates import ServerCertificates, certify
+from server.control import Control, ControlRefused, RunStatus
+from server.nodes_file import NAME, read_nodes, write_nodes
+from server.private_files import ensure_token, read_private
+from server.superlink import QUIET
+
+logger = logging.getLogger(__name__)
+
+_START_SECONDS: Final = 60.0
+_LOG_TAIL_BYTES: Final = 2000
+
+
+class DeploymentFailed(FedgradeError):
+    """A process of the federation did not start or ended early, or the run did not complete."""
+
+
+class Deployment:
+    """A SuperLink and its superexec, then sites and runs; a context manager.
+
+    ```python
+    with Deployment(run_directory) as deployment:
+        deployment.enrol(site, public_key)           # writes nodes.json
+        deployment.start_site(site, ["fedgrade", "site", "up", "site.yaml"])
+        deployment.wait_online()
+        deployment.follow(deployment.submit(), on_line=print)
+    ```
+
+    Attributes:
+        run_directory: absolute; secrets, certificates, database, logs, ``nodes.json`` and FLWR_HOME lie below it.
+        address: ``host:port`` for partners.
+        authority: the certificate that partners need.
+    """
+
+    def __init__(self, run_directory: Path) -> None:
+        self.run_directory = run_directory.resolve()
+        self.address = ""
+        self.authority = self.run_directory / "superlink" / "ca.pem"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._nodes: dict[SiteId, int] = {}
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start SuperLink and superexec.
+
+        Raises:
+            DeploymentFailed: one of them did not start; its log's end is in the text.
+        """
+        (self.run_directory / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._exit:
+            self._start_keeper()
+            self._start_superlink()
+            # Everything started: the stack now ends with the deployment and not with this method.
+            self._exit = self._exit.pop_all()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """End every process and wait until the last is gone."""
+        self._exit.close()
+
+    def enrol(self, site: SiteId, public_key: Path) -> int:
+        """Register the node key of ``site`` and note it in ``nodes.json``; the node's id.
+
+        Raises:
+            ControlRefused: the SuperLink did not take the key, and did not take it earlier either.
+        """
+        if (self.run_directory / NAME).exists():
+            self._nodes = read_nodes(self.run_directory)
+        try:
+            self._nodes[site] = self._control.register(public_key, site)
+        except ControlRefused:
+            # A resumed run finds its sites enrolled in the database of the run it resumes.
+            if site not in self._nodes:
+                raise
+        write_nodes(self.run_directory, self._nodes)
+        return self._nodes[site]
+
+    def start_site(
+        self, site: SiteId, command: Sequence[str], *, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start the resident node of ``site``; its output goes to ``logs/site-<site>.log``."""
+        return self._spawn(f"site-{site}", command, environment=environment)
+
+    def wait_online(self, *, timeout_seconds: float = _START_SECONDS) -> float:
+        """Return when every enrolled site's node is online; the seconds that it took.
+
+        Raises:
+            DeploymentFailed: a process ended, or the time is up.
+        """
+        began = time.monotonic()
+        while missing := {site for site, node in self._nodes.items() if node not in self._control.online()}:
+            self._must_be_alive()
+            if time.monotonic() - began > timeout_seconds:
+                raise DeploymentFailed(
+                    f"sites {sorted(missing)}: not online after {timeout_seconds:.0f} s; "
+                    f"see {self.run_directory / 'logs'}"
+                )
+            time.sleep(0.2)
+        return time.monotonic() - began
+
+    def submit(self) -> int:
+        """Start the run that the run directory describes; its id.
+
+        Raises:
+            ControlRefused: the SuperLink did not take it.
+        """
+        return self._control.submit({RUN_DIRECTORY: str(self.run_directory)})
+
+    def follow(self, run_id: int, *, on_line: Callable[[str], None] | None = None) -> RunStatus:
+        """Return when the run is over and completed; ``on_line`` gets its log line by line, from another thread.
+
+        Raises:
+            DeploymentFailed: the run failed or was stopped, or a process of the federation ended.
+        """
+        reader = threading.Thread(target=self._read_log, args=(run_id, on_line), daemon=True)
+        reader.start()
+        while not (status := self._control.status(run_id)).finished:
+            self._must_be_alive()
+            time.sleep(0.2)
+        reader.join(timeout=5.0)
+        if status.outcome != "completed":
+            raise DeploymentFailed(f"run {run_id} {status.outcome}: {status.details or 'no reason given'}")
+        return status
+
+    def process(self, name: str) -> subprocess.Popen[bytes]:
+        """The process ``superlink``, ``superexec`` or ``site-<site>``."""
+        return self._processes[name]
+
+    def restart_superlink(self) -> None:
+        """Kill the SuperLink as a power cut would, and start it on the same database, ports and keys.
+
+        Raises:
+            DeploymentFailed: it did not come up again.
+        """
+        old = self._processes.pop("superlink")
+        old.kill()
+        old.wait()
+        self._run_superlink()
+        self._wait_for_superlink()
+
+    def _start_keeper(self) -> None:
+        # -I -S: nothing but the standard library, so that it is up before anything can go wrong.
+        self._keeper = subprocess.Popen(  # noqa: S603 -- our own file
+            [sys.executable, "-I", "-S", str(Path(keeper.__file__))], stdin=subprocess.PIPE, process_group=0
+        )
+        self._exit.callback(self._end_all)
+
+    def _start_superlink(self) -> None:
+        folder = self.run_directory / "superlink"
+        self._certificates: ServerCertificates = certify(folder, [], now=datetime.now(UTC))
+        self._token = ensure_token(folder / "token")
+        self._secret = ensure_token(folder / "superexec-secret")
+        self._database = folder / "state.db"
+        public, self._admin_port = _free_ports(2)
+        self.address = f"127.0.0.1:{public}"
+        admin = f"127.0.0.1:{self._admin_port}"
+        self._run_superlink()
+        control = Control(admin, authority=self._certificates.authority, token=read_private(self._token))
+        self._control = self._exit.enter_context(control)
+        self._wait_for_superlink()
+        superexec = Path(sysconfig.get_path("scripts")) / "flower-superexec"
+        self._spawn(
+            "superexec",
+            [
+                *(str(superexec), "--runtime-api-address", admin),
+                *("--root-certificates", str(self._certificates.authority)),
+                *("--superexec-auth-secret-file", str(self._secret)),
+            ],
+            # How long a submitted run waits to be picked up; the default is 1 s.
+            environment={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"},
+        )
+
+    def _run_superlink(self) -> None:
+        files = self._certificates
+        host, _, port = self.address.rpartition(":")
+        self._spawn(
+            "superlink",
+            [
+                *(sys.executable, "-m", "server.superlink", "--admin-port", str(self._admin_port)),
+                *("--public-host", host, "--public-port", port, "--database", str(self._database)),
+                *("--authority", str(files.authority), "--certificate", str(files.certificate)),
+                *("--key", str(files.key), "--token-file", str(self._token)),
+                *("--superexec-secret-file", str(self._secret)),
+            ],
+        )
+
+    def _wait_for_superlink(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            self._must_be_alive()
+            try:
+                self._control.online()
+            except ControlRefused as error:
+                if time.monotonic() > deadline:
+                    raise DeploymentFailed(f"superlink: not up after {_START_SECONDS:.0f} s ({error})") from error
+                time.sleep(0.05)
+            else:
+                return
+
+    def _spawn(
+        self, name: str, command: Sequence[str], *, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        with self._log(name).open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603 -- an argument vector, no shell
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.run_directory,
+                env={**self._environment(), **(environment or {})},
+                # The child is in the keeper's group before its first instruction: no moment in which it could escape.
+                process_group=self._keeper.pid,
+            )
+        self._processes[name] = process
+        return process
+
+    def _environment(self) -> dict[str, str]:
+        # superexec finds flwr-serverapp by PATH.
+        path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        own = {"PATH": path, "FLWR_HOME": str(self.run_directory / "flower"), "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, **QUIET, **own}
+
+    def _log(self, name: str) -> Path:
+        return self.run_directory / "logs" / f"{name}.log"
+
+    def _must_be_alive(self) -> None:
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise DeploymentFailed(
+                    f"{name} ended with code {process.returncode}; {self._log(name)} ends: {_tail(self._log(name))}"
+                )
+
+    def _read_log(self, run_id: int, on_line: Callable[[str], None] | None) -> None:
+        try:
+            for part in self._control.logs(run_id):
+                for line in part.splitlines():
+                    if on_line is not None:
+                        on_line(line)
+        except ControlRefused as error:
+            logger.debug("log of run %d: %s", run_id, error)
+
+    def _end_all(self) -> None:
+        """Close the pipe, on which the keeper ends its group and itself, and reap every child."""
+        pipe: IO[bytes] | None = self._keeper.stdin
+        if pipe is not None:
+            pipe.close()
+        for process in [self._keeper, *self._processes.values()]:
+            process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports on loopback that nobody listens on. Held together while chosen, so that they differ."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def _tail(path: Path) -> str:
+    """The last lines of a log, for a message to a person."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        return stream.read().decode(errors="replace").strip()

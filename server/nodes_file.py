@@ -1,0 +1,45 @@
+"""``nodes.json``: which Flower node is which site, written at enrolment and read by the run."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fedgrade.errors import DocumentRefused
+from fedgrade.trust.identity import SiteId, site_id
+
+NAME: Final = "nodes.json"
+_MAX_BYTES: Final = 1024 * 1024
+_NODE_ID_BITS: Final = 64
+
+
+def read_nodes(run_directory: Path) -> dict[SiteId, int]:
+    """Site to node id, as enrolled.
+
+    Raises:
+        DocumentRefused: the file is missing, oversized, or not an object of distinct 64-bit node ids by site.
+    """
+    path = run_directory / NAME
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(_MAX_BYTES + 1)
+        document = json.loads(raw) if len(raw) <= _MAX_BYTES else None
+    except OSError as error:
+        raise DocumentRefused(f"{path}: {error.strerror}; enrol the sites first") from error
+    except ValueError as error:
+        raise DocumentRefused(f"{path}: not JSON") from error
+    if not isinstance(document, dict) or not all(type(node) is int for node in document.values()):
+        raise DocumentRefused(f"{path}: expected one object of node ids by site, at most {_MAX_BYTES} bytes")
+    nodes = {site_id(site): node for site, node in document.items()}
+    if len(set(nodes.values())) != len(nodes) or not all(0 < node < 1 << _NODE_ID_BITS for node in nodes.values()):
+        raise DocumentRefused(f"{path}: node ids must be distinct and of {_NODE_ID_BITS} bits")
+    return nodes
+
+
+def write_nodes(run_directory: Path, nodes: Mapping[SiteId, int]) -> None:
+    """The file holds ``nodes``, or what it held before."""
+    path = run_directory / NAME
+    draft = path.with_name(f".{NAME}.{os.getpid()}")
+    draft.write_text(json.dumps(dict(sorted(nodes.items())), indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)

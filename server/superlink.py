@@ -1,0 +1,223 @@
+"""The coordinator's SuperLink, hardened: one application behind two TLS listeners.
+
+Public: ``/health`` and ``/v1/fleet/*`` (each request signed by an enrolled node key); everything else is 404. Admin, on
+loopback: the Runtime API, which asks for the superexec secret and task tokens by itself, and with a bearer token
+everything else. Stock Flower serves all of it on one port, its Control API without any authentication.
+
+``python -m server.superlink --help``. Secrets come from files of mode 0600 and never from the command line, which any
+user of the machine can read. flwr's modules used here are private API: tests/server/test_flwr_contract.py holds them.
+"""
+
+import argparse
+import asyncio
+import hmac
+import os
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+from flwr.superlink.main import create_app
+
+from server.certificates import ServerCertificates
+from server.private_files import read_private
+
+# Nothing leaves the machine unless its operator asks: no telemetry, no update check, no package index.
+QUIET: Final = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+PUBLIC_PATHS: Final = ("/health", "/v1/fleet/")
+# These authenticate themselves: node signatures are not needed here, superexec secret and task tokens are.
+ADMIN_PATHS_WITHOUT_TOKEN: Final = ("/health", "/v1/runtime/")
+MAX_REQUEST_BYTES: Final = 264 * 1024 * 1024  # one object of clients.wire.MAX_MESSAGE_BYTES and its frame
+_SHUTDOWN_SECONDS: Final = 2
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperLinkSettings:
+    """What one SuperLink process needs.
+
+    Attributes:
+        public_host: interface on which partners reach it.
+        public_port: port for partners.
+        admin_port: port on 127.0.0.1 for the coordinator's own tools.
+        certificates: TLS files, the same for both listeners.
+        database: sqlite file; enrolments, runs and messages in flight survive a restart.
+        token_file: bearer token of the admin listener.
+        superexec_secret_file: shared with ``flower-superexec``.
+    """
+
+    public_host: str
+    public_port: int
+    admin_port: int
+    certificates: ServerCertificates
+    database: Path
+    token_file: Path
+    superexec_secret_file: Path
+
+
+def public_door(application: Application) -> Application:
+    """``application`` as partners see it: two prefixes, bodies of bounded and declared size, the rest 404."""
+
+    async def door(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _below(scope["path"], PUBLIC_PATHS):
+            await _refuse(scope, send, 404)
+        elif scope["method"] not in {"GET", "HEAD"} and not _bounded(scope):
+            await _refuse(scope, send, 413)
+        else:
+            await application(scope, receive, send)
+
+    return door
+
+
+def admin_door(application: Application, token: bytes) -> Application:
+    """``application`` behind ``Authorization: Bearer <token>``, apart from what authenticates itself."""
+    expected = b"Bearer " + token
+
+    async def door(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _below(scope["path"], ADMIN_PATHS_WITHOUT_TOKEN):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, expected):
+                await _refuse(scope, send, 401)
+                return
+        elif scope["type"] == "websocket":
+            await _refuse(scope, send, 404)
+            return
+        await application(scope, receive, send)
+
+    return door
+
+
+def run(settings: SuperLinkSettings) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        DocumentRefused: token or secret are missing or readable by others.
+    """
+    token = read_private(settings.token_file).strip()
+    application = create_app(_lifespan_config(settings), SuperLinkLifespan)
+    admin = _listener(settings, admin_door(application, token), host="127.0.0.1", port=settings.admin_port)
+    public = _listener(
+        settings,
+        public_door(application),
+        host=settings.public_host,
+        port=settings.public_port,
+        # One lifespan owns the state that both listeners share.
+        lifespan="off",
+    )
+
+    async def both() -> None:
+        await asyncio.gather(admin.serve(), public.serve())
+
+    asyncio.run(both())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse ``arguments`` (the command line if None) and serve."""
+    parser = argparse.ArgumentParser(prog="python -m server.superlink", description="fedgrade's SuperLink")
+    parser.add_argument("--public-host", default="127.0.0.1", help="interface for partners")
+    parser.add_argument("--public-port", type=int, required=True, help="port for partners")
+    parser.add_argument("--admin-port", type=int, required=True, help="port on loopback for the coordinator")
+    for name, meaning in (
+        ("authority", "certificate of the private authority, PEM"),
+        ("certificate", "the SuperLink's certificate, PEM"),
+        ("key", "the SuperLink's private key, PEM, mode 0600"),
+        ("database", "sqlite file"),
+        ("token-file", "bearer token of the admin listener, mode 0600"),
+        ("superexec-secret-file", "secret shared with flower-superexec, mode 0600"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
+    given = parser.parse_args(arguments)
+    os.environ.update(QUIET)
+    run(
+        SuperLinkSettings(
+            public_host=given.public_host,
+            public_port=given.public_port,
+            admin_port=given.admin_port,
+            certificates=ServerCertificates(authority=given.authority, certificate=given.certificate, key=given.key),
+            database=given.database,
+            token_file=given.token_file,
+            superexec_secret_file=given.superexec_secret_file,
+        )
+    )
+
+
+def _lifespan_config(settings: SuperLinkSettings) -> SuperLinkLifespanConfig:
+    files = settings.certificates
+    return SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=settings.admin_port,
+        insecure=False,
+        certificates=(files.authority.read_bytes(), files.certificate.read_bytes(), read_private(files.key)),
+        superexec_auth_secret=read_private(settings.superexec_secret_file),
+        # The door in front of it has checked the token; Flower's own plugin lets everyone in.
+        authn_plugin=load_control_authn_plugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=str(files.authority),
+        ssl_certfile=str(files.certificate),
+        ssl_keyfile=str(files.key),
+        database=str(settings.database),
+        # Only with "process" does Flower ask the superexec for its secret.
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
+
+
+def _listener(
+    settings: SuperLinkSettings, application: Application, *, host: str, port: int, lifespan: str = "on"
+) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            application,
+            host=host,
+            port=port,
+            lifespan=lifespan,  # type: ignore[arg-type]
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+            ssl_keyfile=str(settings.certificates.key),
+            ssl_certfile=str(settings.certificates.certificate),
+        )
+    )
+
+
+def _below(path: str, allowed: Sequence[str]) -> bool:
+    return any(path == prefix or (prefix.endswith("/") and path.startswith(prefix)) for prefix in allowed)
+
+
+def _bounded(scope: Scope) -> bool:
+    """Whether the body declares a length within the limit; a body of unknown length is not read."""
+    length = dict(scope["headers"]).get(b"content-length", b"")
+    return length.isdigit() and int(length) <= MAX_REQUEST_BYTES
+
+
+async def _refuse(scope: Scope, send: Send, status: int) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+if __name__ == "__main__":
+    main()
