@@ -17,7 +17,6 @@ LITE0_WEIGHTS_DIGEST = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49
 
 MIN_INPUT_SIZE = 64  # pixels
 MAX_INPUT_SIZE = 1024  # pixels
-STRIDE = 32  # pixels of input for one position of the last feature map
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

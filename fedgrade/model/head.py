@@ -1,0 +1,163 @@
+"""The part that learns: a cumulative ordinal head on frozen features, in numpy.
+
+For grades 0 (best) to K-1 the head holds one linear score per threshold k, and P(grade > k) = sigmoid(W_k . x). The
+loss is the sum of the thresholds' cross-entropies. Against softmax it gains .04 to .05 in quadratic weighted kappa on
+ELPV, private or not. The features of one photo are normalised as one vector: normalising each pooled block on its own
+first was measured to change nothing (kappa .549 against .548 on module-disjoint folds, .526 against .529 at epsilon 2).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedgrade.errors import DataRefused, JobRefused, ModelRefused
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+BIAS_FEATURE = 0.3
+MIN_GRADES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """Size of a head.
+
+    Attributes:
+        grades: how many grades the scale has.
+        dimensions: length of one photo's feature vector.
+    """
+
+    grades: int
+    dimensions: int
+
+    def __post_init__(self) -> None:
+        if self.grades < MIN_GRADES or self.dimensions < 1:
+            raise JobRefused(f"head: {self.grades} grades of {self.dimensions} features; at least 2 of 1 are needed")
+
+    @property
+    def expected(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Names, shapes and types of the parameters, as :func:`fedgrade.model.weights.read_weights` wants them.
+
+        ``thresholds`` [grades - 1, dimensions + 1]: last column multiplies the bias feature. ``centre`` [dimensions]:
+        the common direction that is taken out of every feature vector.
+        """
+        return {
+            "thresholds": ((self.grades - 1, self.dimensions + 1), "float64"),
+            "centre": ((self.dimensions,), "float64"),
+        }
+
+    def initial(self) -> dict[str, FloatArray]:
+        """Parameters before the first round: all zero, every threshold undecided."""
+        return {name: np.zeros(shape, dtype=np.float64) for name, (shape, _) in self.expected.items()}
+
+
+def unit_features(features: npt.ArrayLike) -> FloatArray:
+    """Each row of ``features`` [photos, dimensions] scaled to length 1.
+
+    Guarantee: no row is longer than 1, whatever comes in; zero and non-finite rows become zero. Rows are first scaled
+    by their largest entry, so that no square overflows or vanishes.
+    """
+    rows = np.asarray(features, dtype=np.float64)
+    largest = np.abs(rows).max(axis=1, initial=0.0, keepdims=True)
+    usable = np.isfinite(largest) & (largest > 0)
+    scaled = np.where(usable, rows, 0.0) / np.where(usable, largest, 1.0)
+    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
+    units: FloatArray = scaled / np.where(usable, lengths, 1.0)
+    return units
+
+
+def head_inputs(features: npt.ArrayLike, centre: FloatArray) -> FloatArray:
+    """Inputs [photos, dimensions + 1] of the head for ``features`` [photos, dimensions] and ``centre`` [dimensions].
+
+    The unit feature vector minus the centre, scaled to length 1 again, then the constant bias feature. About half of a
+    feature vector's length is a direction common to all photos; taking it out gains .02 to .03 in kappa.
+
+    Guarantee: every row is finite and at most sqrt(1 + 0.3^2) long. A photo without usable features (a zero or
+    non-finite row) keeps the bias alone.
+
+    Raises:
+        ModelRefused: ``centre`` does not fit the features or is not finite.
+    """
+    units = unit_features(features)
+    if centre.shape != units.shape[1:] or not np.isfinite(centre).all():
+        raise ModelRefused(f"centre: shape {centre.shape} must be {units.shape[1:]} and finite")
+    usable = units.any(axis=1, keepdims=True)
+    centred = unit_features(np.where(usable, units - centre, 0.0))
+    return np.concatenate([centred, np.full((len(centred), 1), BIAS_FEATURE)], axis=1)
+
+
+def exceedances(thresholds: FloatArray, inputs: FloatArray) -> FloatArray:
+    """P(grade > k) [photos, grades - 1], each threshold on its own, not yet made monotone.
+
+    Args:
+        thresholds: [grades - 1, dimensions + 1].
+        inputs: [photos, dimensions + 1], from :func:`head_inputs`.
+
+    Raises:
+        ModelRefused: the shapes do not fit each other.
+    """
+    if thresholds.ndim != inputs.ndim or thresholds.shape[1] != inputs.shape[1]:
+        raise ModelRefused(f"thresholds {thresholds.shape} do not fit inputs {inputs.shape}")
+    return _sigmoid(inputs @ thresholds.T)
+
+
+def grade_probabilities(thresholds: FloatArray, inputs: FloatArray) -> FloatArray:
+    """Probability [photos, grades] of each grade; ``thresholds`` and ``inputs`` as in :func:`exceedances`.
+
+    Guarantee: no entry is negative and every row sums to 1: exceedances are made to fall by a running minimum.
+    """
+    falling = np.minimum.accumulate(exceedances(thresholds, inputs), axis=1)
+    photos = len(falling)
+    edges = np.concatenate([np.ones((photos, 1)), falling, np.zeros((photos, 1))], axis=1)
+    probabilities: FloatArray = edges[:, :-1] - edges[:, 1:]
+    return probabilities
+
+
+def item_mean(rows: FloatArray, item_index: IntArray, items: int) -> FloatArray:
+    """Mean [items, ...] of each item's photos, from ``rows`` [photos, ...] and ``item_index`` [photos].
+
+    Raises:
+        DataRefused: an index is out of range, or an item has no photo.
+    """
+    in_range = not item_index.size or 0 <= item_index.min() <= item_index.max() < items
+    if item_index.shape != rows.shape[:1] or not in_range:
+        raise DataRefused(f"item index: {item_index.shape} for {len(rows)} photos of {items} items, or out of range")
+    photos = np.bincount(item_index, minlength=items)
+    if not photos.all():
+        raise DataRefused(f"item {int(photos.argmin())} has no photo")
+    sums = np.zeros((items, *rows.shape[1:]))
+    np.add.at(sums, item_index, rows)
+    means: FloatArray = sums / photos.reshape(-1, *[1] * (rows.ndim - 1))
+    return means
+
+
+def ordinal_loss(thresholds: FloatArray, inputs: FloatArray, grades: IntArray) -> FloatArray:
+    """Loss [photos] of ``grades`` [photos]: the thresholds' binary cross-entropies, summed.
+
+    With z = W_k . x and t = 1 where the grade is above k: log(1 + exp(z)) - t z, which never overflows.
+    """
+    scores = inputs @ thresholds.T
+    losses: FloatArray = np.logaddexp(0.0, scores) - _above(grades, len(thresholds)) * scores
+    return np.asarray(losses.sum(axis=1))
+
+
+def ordinal_gradient(thresholds: FloatArray, inputs: FloatArray, grades: IntArray) -> FloatArray:
+    """Gradient [photos, grades - 1, dimensions + 1] of :func:`ordinal_loss` by ``thresholds``, in closed form.
+
+    (sigmoid(W_k . x) - t) x, so its norm is the residuals' norm times the input's. The item's gradient is the
+    :func:`item_mean` of its photos'. Holds every photo's gradient at once: an oracle for small data, not a trainer.
+    """
+    residuals = exceedances(thresholds, inputs) - _above(grades, len(thresholds))
+    gradient: FloatArray = residuals[:, :, None] * inputs[:, None, :]
+    return gradient
+
+
+def _above(grades: IntArray, thresholds: int) -> FloatArray:
+    return (grades[:, None] > np.arange(thresholds)).astype(np.float64)
+
+
+def _sigmoid(scores: FloatArray) -> FloatArray:
+    # tanh saturates instead of overflowing.
+    return 0.5 * (1.0 + np.tanh(0.5 * scores))
