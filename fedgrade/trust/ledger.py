@@ -56,12 +56,18 @@ def read_ledger(path: Path, *, key: PublicKey) -> Iterator[Entry]:
     Raises:
         LedgerBroken: names the first entry that is altered, missing, reordered, torn or signed by another key.
     """
+    for _, entry in read_lines(path, key=key):
+        yield entry
+
+
+def read_lines(path: Path, *, key: PublicKey) -> Iterator[tuple[bytes, Entry]]:
+    """Like :func:`read_ledger`, each entry with the line that carries it, which is what a receipt repeats."""
     with _opened(path) as file:
         previous = GENESIS_PREVIOUS
         for sequence, line in enumerate(iter(lambda: file.readline(MAX_ENTRY_BYTES), b"")):
             entry = _verified(line, sequence=sequence, previous=previous, key=key, path=path)
             previous = digest(line.removesuffix(b"\n"))
-            yield entry
+            yield line.removesuffix(b"\n"), entry
 
 
 def open_receipt(line: bytes, *, key: PublicKey) -> Entry:

@@ -1,0 +1,231 @@
+"""What copies of ledgers, receipts and releases prove, offline and without trusting whoever wrote them.
+
+Everything is recomputed: the hash chains, the signatures, each charge from its mechanism, each sum against its
+ceiling, each receipt against both ledgers, each release against its rounds. The first thing that does not hold is
+named, and nothing after it is believed. Needs neither torch nor Flower.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
+from fedgrade.evaluation import metrics
+from fedgrade.federation.release import OpenedRelease, open_release
+from fedgrade.federation.site_proof import Charge, SiteProof, prove_site
+from fedgrade.job import TrainingJob
+from fedgrade.privacy.accounting import zcdp_epsilon
+from fedgrade.privacy.plan import ObserverEpsilons
+from fedgrade.trust.canonical import digest
+from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
+from fedgrade.trust.ledger import open_receipt, read_ledger
+from fedgrade.trust.records import Commit, DiscreteGaussian, Released, RoundClosed
+
+MAX_RECEIPT_BYTES = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobProof:
+    """One job as both sides recorded it: its rounds, who answered each, what it cost whom, and what was published."""
+
+    job: TrainingJob
+    rounds: tuple[RoundClosed, ...]
+    release: OpenedRelease | None
+    observers: dict[SiteId, ObserverEpsilons]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationProof:
+    """Everything that a folder proves."""
+
+    roster: Roster
+    sites: dict[SiteId, SiteProof]
+    jobs: dict[str, JobProof]
+    entries: int
+
+
+def verify_federation(folder: Path, *, roster: Roster | None = None) -> FederationProof:
+    """What the ledgers, receipts and releases under ``folder`` prove.
+
+    Args:
+        folder: holds ``roster.json``, ``sites/<site>/ledger.jsonl``, ``coordinator/ledger.jsonl`` and
+            ``jobs/<job>/receipts`` and ``release``, as a coordinator and its partners keep them.
+        roster: the roster that the verifier trusts; without it, the folder's own, which proves consistency but not
+            whose keys these are.
+
+    Raises:
+        LedgerBroken, SignatureRefused, DocumentRefused, ModelRefused: names the first thing that does not hold.
+    """
+    trusted = roster if roster is not None else read_roster(folder / "roster.json")
+    sites = {site: prove_site(path, site=site, roster=trusted) for site, path in _site_ledgers(folder)}
+    if not sites:
+        raise DocumentRefused(f"{folder}: no sites/<site>/ledger.jsonl here; give the folder of a federation")
+    rounds, published, entries = _coordinator_log(folder / "coordinator" / "ledger.jsonl", trusted)
+    jobs = {
+        job_digest: _prove_job(folder, job_digest, closed, published, sites=sites, roster=trusted)
+        for job_digest, closed in rounds.items()
+    }
+    _require_counterparts(sites, jobs)
+    total = entries + sum(proof.entries for proof in sites.values())
+    return FederationProof(roster=trusted, sites=sites, jobs=jobs, entries=total)
+
+
+def _site_ledgers(folder: Path) -> Iterator[tuple[SiteId, Path]]:
+    for path in sorted((folder / "sites").glob("*/ledger.jsonl")):
+        yield site_id(path.parent.name), path
+
+
+def _coordinator_log(path: Path, roster: Roster) -> tuple[dict[str, list[RoundClosed]], dict[str, set[str]], int]:
+    rounds: dict[str, list[RoundClosed]] = {}
+    published: dict[str, set[str]] = {}
+    entries = 0
+    for entry in read_ledger(path, key=roster.coordinator):
+        entries += 1
+        match entry.body:
+            case RoundClosed():
+                rounds.setdefault(entry.body.job, []).append(entry.body)
+            case Released():
+                published.setdefault(entry.body.job, set()).add(entry.body.release_digest)
+            case _:
+                pass
+    return rounds, published, entries
+
+
+def _prove_job(
+    folder: Path,
+    job_digest: str,
+    closed: list[RoundClosed],
+    published: Mapping[str, set[str]],
+    *,
+    sites: Mapping[SiteId, SiteProof],
+    roster: Roster,
+) -> JobProof:
+    job = _sealed_job(job_digest, sites)
+    where = folder / "jobs" / job_digest[:16]
+    for stage, body in enumerate(closed):
+        _check_receipts(where / "receipts", stage, body, sites=sites, roster=roster)
+    _check_weight_chain(closed, where=f"job {job_digest[:16]}")
+    release = None
+    if published.get(job_digest):
+        release = open_release(where / "release", signed_by=roster.coordinator)
+        if release.digest not in published[job_digest] or release.release.job.digest != job_digest:
+            raise LedgerBroken(f"release {where}: is not the one that the coordinator's ledger says it published")
+        _check_release(release, closed, where=f"release {where}")
+    return JobProof(job=job, rounds=tuple(closed), release=release, observers=_observers(job, closed, sites))
+
+
+def _sealed_job(job_digest: str, sites: Mapping[SiteId, SiteProof]) -> TrainingJob:
+    for proof in sites.values():
+        if job_digest in proof.jobs:
+            return proof.jobs[job_digest]
+    raise LedgerBroken(f"job {job_digest[:16]}: the coordinator closed rounds of it, but no site's ledger admits it")
+
+
+def _check_receipts(
+    folder: Path, stage: int, body: RoundClosed, *, sites: Mapping[SiteId, SiteProof], roster: Roster
+) -> None:
+    """Every receipt that the coordinator counted exists, verifies, and stands in its site's own ledger."""
+    for site, expected in body.receipts.items():
+        path = folder / site / f"{stage:05d}.json"
+        where = f"receipt {path}"
+        try:
+            line = path.open("rb").read(MAX_RECEIPT_BYTES)
+        except OSError as error:
+            raise LedgerBroken(f"{where}: cannot be read ({error.strerror})") from error
+        if digest(line) != expected:
+            raise LedgerBroken(f"{where}: is not the receipt that the coordinator's ledger counted")
+        try:
+            entry = open_receipt(line, key=roster.key_of(site))
+        except FedgradeError as error:
+            raise LedgerBroken(f"{where}: {error}") from error
+        if not isinstance(entry.body, Commit) or (entry.body.job, entry.body.purpose, entry.body.round_index) != (
+            body.job,
+            body.purpose,
+            body.round_index,
+        ):
+            raise LedgerBroken(f"{where}: is for another round")
+        if site in sites:
+            _check_against_ledger(where, line, entry.body, body, sites[site])
+
+
+def _check_against_ledger(where: str, line: bytes, commit: Commit, closed: RoundClosed, proof: SiteProof) -> None:
+    charge = proof.charges.get(commit.reserve)
+    if digest(line) not in proof.committed_lines or charge is None:
+        raise LedgerBroken(
+            f"{where}: does not stand in the ledger of {proof.site}; that ledger was rolled back or forked"
+        )
+    if charge.reserve.weights_digest != closed.weights_before:
+        raise LedgerBroken(f"{where}: {proof.site} was shown other weights than the coordinator's ledger says")
+
+
+def _check_weight_chain(closed: list[RoundClosed], *, where: str) -> None:
+    steps = [body for body in closed if body.purpose != "evaluate"]
+    for before, after in itertools.pairwise(steps):
+        if before.weights_after != after.weights_before:
+            raise LedgerBroken(f"{where}: {after.purpose} round {after.round_index} did not start where the last ended")
+
+
+def _check_release(release: OpenedRelease, closed: list[RoundClosed], *, where: str) -> None:
+    counted: dict[SiteId, int] = {}
+    for body in closed:
+        for site in body.receipts:
+            counted[site] = counted.get(site, 0) + 1
+    if release.release.contributions != counted:
+        raise LedgerBroken(f"{where}: the contributions it states are not those of the coordinator's ledger")
+    if release.release.metrics != metrics(release.release.counts, release.release.job.spec.grading):
+        raise LedgerBroken(f"{where}: the metrics it states are not those of its own counts")
+    evaluated = [body.weights_before for body in closed if body.purpose == "evaluate"]
+    if evaluated and evaluated[-1] != release.release.weights_digest:
+        raise LedgerBroken(f"{where}: its weights are not those that were evaluated")
+
+
+def _require_counterparts(sites: Mapping[SiteId, SiteProof], jobs: Mapping[str, JobProof]) -> None:
+    for site, proof in sites.items():
+        for charge in proof.charges.values():
+            job = jobs.get(charge.reserve.job)
+            if job is not None and site not in job.job.declared_items:
+                raise LedgerBroken(f"site {site}: charged for job {charge.reserve.job[:16]}, which does not name it")
+
+
+def _observers(
+    job: TrainingJob, closed: list[RoundClosed], sites: Mapping[SiteId, SiteProof]
+) -> dict[SiteId, ObserverEpsilons]:
+    """Epsilon per observer from what was really released, round by round, with the noise of those who answered.
+
+    Whoever sees uploads faces the site's own noise. Whoever sees only models faces, in each round, the noise of all
+    who answered (another partner: less its own share). Attempts beyond the one that was used count in full.
+    """
+    observers: dict[SiteId, ObserverEpsilons] = {}
+    for site, proof in sites.items():
+        mine = [charge for charge in proof.charges.values() if charge.reserve.job == job.digest]
+        training = [charge for charge in mine if charge.reserve.purpose != "evaluate"]
+        if not training:
+            continue
+        own = proof.job_epsilon(job.digest, partition="train")
+        if job.plan.mode == "local_sgd":
+            observers[site] = ObserverEpsilons(coordinator=own, other_partner=own, model_holder=own, full_collusion=own)
+            continue
+        partner = zcdp_epsilon(_shared_rho(site, training, closed, removed=1), delta=job.plan.delta)
+        holder = zcdp_epsilon(_shared_rho(site, training, closed, removed=0), delta=job.plan.delta)
+        observers[site] = ObserverEpsilons(
+            coordinator=holder if job.plan.mode == "distributed" else own,
+            other_partner=partner,
+            model_holder=holder,
+            full_collusion=own,
+        )
+    return observers
+
+
+def _shared_rho(site: SiteId, charges: list[Charge], closed: list[RoundClosed], *, removed: int) -> Fraction:
+    """Rho of one site's items against whoever sees the sums only and can take ``removed`` other shares of noise out."""
+    answered = {(body.purpose, body.round_index): len(body.receipts) for body in closed if site in body.receipts}
+    total = Fraction(0)
+    for charge in charges:
+        mechanism = charge.reserve.mechanism
+        if not isinstance(mechanism, DiscreteGaussian):
+            raise LedgerBroken(f"site {site}: a Poisson mechanism in a full-batch job")
+        shares = answered.get((charge.reserve.purpose, charge.reserve.round_index), 1)
+        total += mechanism.rho / max(1, shares - removed)
+    return total
