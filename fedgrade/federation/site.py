@@ -8,9 +8,9 @@ import hashlib
 import hmac
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,6 @@ from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.payloads import read_head
 from fedgrade.federation.policy import Policy, admit
 from fedgrade.federation.releases import SiteRows, compute_release
-from fedgrade.grading import GradeScale
 from fedgrade.job import TrainingJob
 from fedgrade.model.spec import ModelSpec
 from fedgrade.privacy.budget import require_within
@@ -56,8 +55,20 @@ from fedgrade.trust.records import DatasetOpened
 
 logger = logging.getLogger(__name__)
 
-# Features [photos, dimensions] of photos under a model; the door decides where photos live and what extracts them.
-FeatureSource = Callable[[ModelSpec, Sequence[Photo]], npt.NDArray[np.float32]]
+
+class PhotoFeatures(Protocol):
+    """Where this site's photos live and what turns them into numbers; the door decides."""
+
+    def prepare(self, model: ModelSpec, manifest: Manifest) -> None:
+        """Check every photo of ``manifest`` and cache its features, so that bad data shows before anything is spent.
+
+        Raises:
+            DataRefused: a photo is missing, changed or unreadable.
+        """
+
+    def features(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
+        """Features [photos, dimensions] of ``photos``, in their order."""
+
 
 MAX_REASON = 1000  # characters
 
@@ -82,7 +93,7 @@ class SiteData:
     lineage: str
     cohort: str
     declared_items: int
-    features: FeatureSource
+    photos: PhotoFeatures
 
     def __repr__(self) -> str:
         return f"SiteData({self.lineage}/{self.cohort})"
@@ -117,11 +128,6 @@ class Site:
             except Exception as error:  # noqa: BLE001 - a door: whatever happens, the coordinator learns only a code
                 return self._refuse(error, request_digest)
 
-    def warm_up(self, model: ModelSpec, scale: GradeScale) -> None:
-        """Check every photo and cache its features, so that bad data shows at start and no round waits for it."""
-        manifest = read_manifest(self._data.manifest, scale)
-        self._data.features(model, manifest.photos)
-
     def _fulfil(self, request: Opened[Request], request_digest: str) -> bytes:
         document = request.document
         if document.site != self._identity.site:
@@ -139,6 +145,7 @@ class Site:
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
         self._require_affordable(opened)
+        self._data.photos.prepare(opened.job.spec.model, opened.manifest)
         self._charging.open_dataset(opened.dataset)
         self._charging.accept(opened.job, envelope=body.job_envelope)
         self._jobs[opened.job.digest] = opened
@@ -229,7 +236,9 @@ class Site:
     def _rows(self, opened: "_OpenJob", split: Split) -> SiteRows:
         if split not in opened.rows:
             items = opened.manifest.items(split)
-            features = self._data.features(opened.job.spec.model, [photo for item in items for photo in item.photos])
+            features = self._data.photos.features(
+                opened.job.spec.model, [photo for item in items for photo in item.photos]
+            )
             opened.rows[split] = SiteRows(
                 features=features.astype(np.float64),
                 item_index=np.repeat(np.arange(len(items)), [len(item.photos) for item in items]),

@@ -1,0 +1,96 @@
+"""``fedgrade site``: what a partner types. The one place where a node's process is put together."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from clients.agent import AgentClient, AgentServer, AgentStatus
+from clients.gate import Gate
+from clients.node import LinkState, log_state, serve
+from clients.settings import read_site
+
+SITE_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.group(epilog="Example: fedgrade site up site.yaml")
+def site() -> None:
+    """Run this partner's node, and look after it."""
+
+
+@site.command(epilog="Example: fedgrade site up site.yaml")
+@click.argument("site_file", type=SITE_FILE)
+def up(site_file: Path) -> None:
+    """Start this site's node and keep it running until it is drained or stopped."""
+    # Imported here: torch takes seconds, and `fedgrade site status` should not wait for it.
+    from clients.configure import open_site  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings = read_site(site_file)
+    partner, charging = open_site(settings)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    link = _LinkWord()
+    gate = Gate(partner.answer)
+    with charging, AgentServer(gate, settings.socket, link=link.read):
+        threading.Thread(target=_stop_when_drained, args=(gate, stop), daemon=True).start()
+        serve(settings.link, gate.answer, stop=stop, on_state=link.write)
+
+
+@site.command(epilog="Example: fedgrade site status site.yaml")
+@click.argument("site_file", type=SITE_FILE)
+def status(site_file: Path) -> None:
+    """Say whether the node runs, is connected, and answers."""
+    _ask(site_file, AgentClient.status)
+
+
+@site.command(epilog="Example: fedgrade site pause site.yaml")
+@click.argument("site_file", type=SITE_FILE)
+def pause(site_file: Path) -> None:
+    """Answer nothing until resumed; the coordinator sees silence."""
+    _ask(site_file, AgentClient.pause)
+
+
+@site.command(epilog="Example: fedgrade site resume site.yaml")
+@click.argument("site_file", type=SITE_FILE)
+def resume(site_file: Path) -> None:
+    """Answer again."""
+    _ask(site_file, AgentClient.resume)
+
+
+@site.command(epilog="Example: fedgrade site drain site.yaml")
+@click.argument("site_file", type=SITE_FILE)
+def drain(site_file: Path) -> None:
+    """Finish the answer under way, then end the node's process."""
+    _ask(site_file, AgentClient.drain)
+
+
+class _LinkWord:
+    """The node's last word on its connection, for whoever asks through the socket."""
+
+    def __init__(self) -> None:
+        self._word = "connecting"
+
+    def write(self, state: LinkState) -> None:
+        log_state(state)
+        self._word = f"{state.phase}: {state.detail}" if state.detail else str(state.phase)
+
+    def read(self) -> str:
+        return self._word
+
+
+def _stop_when_drained(gate: Gate, stop: threading.Event) -> None:
+    gate.drained.wait()
+    stop.set()
+
+
+def _ask(site_file: Path, question: Callable[[AgentClient], AgentStatus]) -> None:
+    with AgentClient(read_site(site_file).socket) as client:
+        told = question(client)
+    busy = "answering now" if told.answering else "idle"
+    click.echo(f"{told.mode}, {busy}, {told.answered} requests answered; link {told.link or 'none'}")

@@ -1,0 +1,98 @@
+"""A site put together from a partner's own files: key, policy, photos, ledger. Trusted fully, never sent anywhere."""
+
+import fcntl
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clients.settings import SiteFolder, read_own_file
+from fedgrade.data.assets import FeatureStore
+from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Manifest, Photo
+from fedgrade.data.photos import PhotoLimits, verify_photos
+from fedgrade.errors import DocumentRefused
+from fedgrade.federation.charging import Charging
+from fedgrade.federation.outbox import Outbox
+from fedgrade.federation.policy import Policy
+from fedgrade.federation.site import Site, SiteData, SiteIdentity
+from fedgrade.model.backbones import Device, OnnxExtractor, TorchExtractor, extractor
+from fedgrade.model.spec import ModelSpec
+from fedgrade.trust.canonical import decode_yaml
+from fedgrade.trust.identity import SigningKey, read_roster
+
+logger = logging.getLogger(__name__)
+
+
+def open_site(site: SiteFolder) -> tuple[Site, Charging]:
+    """The site, ready to answer, and its ledger, which the caller must close.
+
+    Raises:
+        DocumentRefused: a file is unreadable or malformed.
+        LedgerUnavailable, LedgerBroken: the ledger is held by another process, or does not verify.
+    """
+    settings = site.settings
+    identity = SiteIdentity(
+        site=settings.site, key=SigningKey.load(site.path(settings.key)), roster=read_roster(site.path(settings.roster))
+    )
+    if identity.roster.key_of(settings.site) != identity.key.public:
+        raise DocumentRefused(f"site {settings.site}: the roster names another key; send the coordinator your new one")
+    policy_path = site.path(settings.policy)
+    policy = decode_yaml(Policy, read_own_file(policy_path, what="policy"), what=f"policy {policy_path}")
+    data = SiteData(
+        manifest=read_own_file(site.path(settings.manifest), what="manifest", limit=MAX_MANIFEST_BYTES),
+        lineage=settings.lineage,
+        cohort=settings.cohort,
+        declared_items=settings.declared_items,
+        photos=LocalPhotos(site=site),
+    )
+    charging = Charging.open(
+        site.path(settings.ledger), site=settings.site, key=identity.key, clock=lambda: datetime.now(UTC)
+    )
+    outbox = Outbox(site.path(settings.outbox))
+    return Site(identity=identity, data=data, policy=policy, charging=charging, outbox=outbox), charging
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPhotos:
+    """Photos in a folder, their features in a private cache beside it."""
+
+    site: SiteFolder
+    limits: PhotoLimits = field(default_factory=PhotoLimits)
+
+    def prepare(self, model: ModelSpec, manifest: Manifest) -> None:
+        """Check every photo, and cache the features of those that are new."""
+        verify_photos(manifest, self.site.path(self.site.settings.photos), self.limits)
+        self.features(model, manifest.photos)
+
+    def features(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
+        """Features [photos, dimensions]; extracted where the cache has none."""
+        settings = self.site.settings
+        folder = self.site.path(settings.cache)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        store = FeatureStore(
+            root=self.site.path(settings.photos),
+            cache=folder,
+            extractor=_extractor(model, self.site.path(settings.backbones), settings.device, settings.threads),
+            limits=self.limits,
+        )
+        return store.features(photos, progress=_log_progress)
+
+
+@cache
+def _extractor(model: ModelSpec, folder: Path, device: Device, threads: int) -> OnnxExtractor | TorchExtractor:
+    """One extractor a model and process; sites that share ``folder`` wait for the first to export into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "export.lock").open("wb") as lock:
+        # torch's exporter is neither quick nor safe in two threads at once.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return extractor(model, cache=folder, device=device, threads=threads)
+
+
+def _log_progress(done: int, total: int) -> None:
+    # A share, not a count: logs travel further than one means them to.
+    logger.info("features: %d %%", 100 * done // max(1, total))

@@ -1,0 +1,117 @@
+"""``site.yaml``: what a partner writes down about its own node. Read strictly; needs no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from clients.node import NodeLink
+from fedgrade.errors import DocumentRefused
+from fedgrade.trust.canonical import decode_yaml
+from fedgrade.trust.identity import SiteId, site_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSettings:
+    """Where the coordinator is: its public ``host:port``, the authority that vouches for it, this node's own key."""
+
+    address: str
+    root_certificate: str
+    node_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings:
+    """``site.yaml``, field by field. Paths are relative to the file's own folder.
+
+    Attributes:
+        site: this partner's name on the roster.
+        key: Ed25519 private key (PEM, mode 0600).
+        roster: who is who; obtained from the coordinator and compared out of band.
+        policy: this partner's own ceilings.
+        manifest: CSV, one row a photo.
+        photos: folder that the manifest's paths start from.
+        lineage, cohort: name the data set and the batch in which it came in; budgets hang on them for life.
+        declared_items: the number of training items that this partner publishes.
+        ledger: the append-only file; never delete it.
+        outbox: sent replies, so that a question asked twice gets the same bytes.
+        cache: extracted features; as sensitive as the photos.
+        backbones: exported public backbones; sites on one machine may share the folder.
+        threads: of one extraction.
+        device: ``auto`` takes a GPU where there is one.
+        socket: for ``fedgrade site status`` and its kin.
+        link: how the coordinator is reached.
+    """
+
+    site: SiteId
+    key: str
+    roster: str
+    policy: str
+    manifest: str
+    photos: str
+    lineage: str
+    cohort: str
+    declared_items: int
+    ledger: str
+    outbox: str
+    cache: str
+    backbones: str
+    threads: int
+    device: Literal["auto", "cpu", "cuda"]
+    socket: str
+    link: LinkSettings
+
+    def __post_init__(self) -> None:
+        site_id(self.site)
+        if self.declared_items < 1:
+            raise DocumentRefused(f"site.declared_items: {self.declared_items} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFolder:
+    """Settings, and the folder their paths start from."""
+
+    settings: SiteSettings
+    folder: Path
+
+    def path(self, name: str) -> Path:
+        """``name`` from this folder; an absolute path stays what it is."""
+        return self.folder / name
+
+    @property
+    def socket(self) -> Path:
+        """Where the running site listens for its operator."""
+        return self.path(self.settings.socket)
+
+    @property
+    def link(self) -> NodeLink:
+        """How the node reaches the coordinator."""
+        link = self.settings.link
+        return NodeLink(
+            address=link.address,
+            root_certificate=self.path(link.root_certificate),
+            node_key=self.path(link.node_key),
+        )
+
+
+def read_site(path: Path) -> SiteFolder:
+    """The settings in the YAML file ``path``.
+
+    Raises:
+        DocumentRefused: unreadable, or a key is unknown, missing or mistyped.
+    """
+    settings = decode_yaml(SiteSettings, read_own_file(path, what="site file"), what=f"site file {path}")
+    return SiteFolder(settings=settings, folder=path.resolve().parent)
+
+
+def read_own_file(path: Path, *, what: str, limit: int = 2**20) -> bytes:
+    """The bytes of one of the partner's own files, at most ``limit`` of them.
+
+    Raises:
+        DocumentRefused: unreadable or too large.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise DocumentRefused(f"{what} {path}: {path.stat().st_size} bytes; the limit is {limit}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DocumentRefused(f"{what} {path}: cannot be read ({error.strerror})") from error

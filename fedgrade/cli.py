@@ -1,0 +1,179 @@
+"""The command line. Every command is a few lines over a room below; the doors add theirs through entry points.
+
+``verify`` and ``report`` need the base install alone: neither torch nor Flower is imported for them.
+"""
+
+import importlib
+import logging
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import fedgrade
+from fedgrade.errors import FedgradeError
+from fedgrade.federation.verification import FederationProof, verify_federation
+from fedgrade.privacy.accounting import printed
+from fedgrade.trust.identity import Roster, SigningKey, read_roster
+
+FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+_DOORS = "fedgrade.commands"
+_INTERRUPTED = 130
+
+
+class _WithDoors(click.Group):
+    """A group that also has the commands of the installed doors, each imported only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(point.name for point in entry_points(group=_DOORS))})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if own := super().get_command(ctx, name):
+            return own
+        for point in entry_points(group=_DOORS, name=name):
+            module, _, attribute = point.value.partition(":")
+            try:
+                return _command(getattr(importlib.import_module(module), attribute))
+            except ModuleNotFoundError as error:
+                return _not_installed(name, error.name)
+        return None
+
+
+@click.group(cls=_WithDoors, epilog="Example: fedgrade demo")
+@click.version_option(fedgrade.__version__, prog_name="fedgrade")
+@click.option("-v", "--verbose", is_flag=True, help="Say what happens underneath.")
+def cli(*, verbose: bool) -> None:
+    """Grade used equipment with one model that competitors train together, without pooling a photo."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+
+
+@cli.group(epilog="Example: fedgrade keys new key.pem")
+def keys() -> None:
+    """Make and show the key that speaks for a site."""
+
+
+@keys.command("new", epilog="Example: fedgrade keys new key.pem")
+@click.argument("path", type=FILE)
+def keys_new(path: Path) -> None:
+    """Make an Ed25519 key in a new file that only you can read, and print its public half."""
+    key = SigningKey.generate()
+    key.save(path)
+    click.echo(key.public.hexadecimal)
+
+
+@keys.command("show", epilog="Example: fedgrade keys show key.pem")
+@click.argument("path", type=FILE)
+def keys_show(path: Path) -> None:
+    """Print the public half of a key: what the coordinator writes on the roster."""
+    click.echo(SigningKey.load(path).public.hexadecimal)
+
+
+@cli.command(epilog="Example: fedgrade verify runs/demo --roster roster-from-the-contract.json")
+@click.argument("folder", type=FOLDER)
+@click.option("--roster", type=FILE, help="The roster you trust; without it, the folder's own is used.")
+def verify(folder: Path, roster: Path | None) -> None:
+    """Check every ledger, receipt and release in FOLDER offline, and recompute what privacy was spent."""
+    proof = verify_federation(folder, roster=_roster(roster))
+    console = Console()
+    console.print(_spending_table(proof))
+    for job in proof.jobs.values():
+        release = f"release {job.release.digest[:16]}" if job.release else "not released"
+        console.print(f"job {job.job.spec.name} {job.job.digest[:16]}: {len(job.rounds)} stages, {release}")
+    console.print(f"[bold]{proof.entries} entries, every signature, chain, charge and receipt holds.[/bold]")
+    if roster is None:
+        console.print("The roster came from the folder itself; compare its keys with ones you trust, or give --roster.")
+
+
+@cli.command(epilog="Example: fedgrade report runs/demo")
+@click.argument("folder", type=FOLDER)
+@click.option("--roster", type=FILE, help="The roster you trust; without it, the folder's own is used.")
+def report(folder: Path, roster: Path | None) -> None:
+    """Rebuild the HTML privacy report of FOLDER from its ledgers alone, after verifying them."""
+    from fedgrade.report.privacy_report import write_report  # noqa: PLC0415 - matplotlib takes its time
+
+    click.echo(write_report(folder, roster=_roster(roster), now=datetime.now(UTC)))
+
+
+@cli.command(epilog="Example: fedgrade grade --model runs/demo/jobs/0123456789abcdef/release photo.png")
+@click.option("--model", "release", type=FOLDER, required=True, help="Folder of a signed model release.")
+@click.option("--roster", type=FILE, help="Roster that names the coordinator; by default the release's federation's.")
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where the exported backbone is kept.")
+@click.argument("photos", type=FILE, nargs=-1, required=True)
+def grade(release: Path, roster: Path | None, cache: Path | None, photos: tuple[Path, ...]) -> None:
+    """Verify a model release, then grade PHOTOS: grade, confidence, and the expected cost of being wrong."""
+    try:
+        from fedgrade.federation.grading_desk import grade_photos  # noqa: PLC0415 - torch takes seconds
+    except ModuleNotFoundError as error:
+        _lacks("grade", error.name)
+    trusted = _roster(roster) or read_roster(_roster_beside(release))
+    graded = grade_photos(photos, release=release, roster=trusted, cache=cache or Path("runs") / "cache")
+    table = Table("photo", "grade", "confidence", "expected cost", box=None)
+    for each in graded:
+        style = "bold red" if each.critical else ""
+        table.add_row(each.photo.name, each.grade, f"{each.confidence:.0%}", f"{each.expected_cost:.2f}", style=style)
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; whatever is refused becomes one line and a non-zero status."""
+    try:
+        cli(standalone_mode=False)
+    except FedgradeError as error:
+        click.echo(f"fedgrade: {error}", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("fedgrade: interrupted", err=True)
+        sys.exit(_INTERRUPTED)
+
+
+def _command(loaded: object) -> click.Command:
+    if not isinstance(loaded, click.Command):
+        raise TypeError(f"entry point of {_DOORS}: {loaded!r} is no command")
+    return loaded
+
+
+def _not_installed(name: str, missing: str | None) -> click.Command:
+    """A command that is listed, and says what it would take."""
+    return click.Command(
+        name,
+        callback=lambda: _lacks(name, missing),
+        help=f"Not installed here: needs {missing} (pip install 'fedgrade[demo]').",
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+
+
+def _lacks(name: str, module: str | None) -> None:
+    raise click.ClickException(f"`fedgrade {name}` needs {module}; install it with: pip install 'fedgrade[demo]'")
+
+
+def _roster(path: Path | None) -> Roster | None:
+    return None if path is None else read_roster(path)
+
+
+def _roster_beside(release: Path) -> Path:
+    """The roster of the federation folder that ``release`` lies in: <folder>/jobs/<job>/release."""
+    return release.resolve().parents[2] / "roster.json"
+
+
+def _spending_table(proof: FederationProof) -> Table:
+    table = Table("account", "epsilon spent", "ceiling", "delta", "charges", box=None, title="Privacy spent, per item")
+    for site, ledger in proof.sites.items():
+        for key, account in ledger.accounts.items():
+            mine = [charge for charge in ledger.charges.values() if charge.reserve.account == key]
+            table.add_row(
+                f"{site}/{key.lineage}/{key.cohort}/{key.partition}",
+                printed(account.epsilon),
+                f"{float(account.dataset.epsilon_limit):.2f}",
+                f"{float(account.dataset.delta):g}",
+                str(len(mine)),
+            )
+    return table

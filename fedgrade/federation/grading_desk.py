@@ -1,0 +1,79 @@
+"""Grading photos with a released model, after the release has been verified and not before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedgrade.data.manifest import Photo, Provenance, Split
+from fedgrade.data.photos import PhotoLimits, digest_file, open_photo
+from fedgrade.errors import DataRefused
+from fedgrade.federation.release import open_release
+from fedgrade.grading import decide, expected_costs
+from fedgrade.model.backbones import extractor
+from fedgrade.model.head import grade_probabilities, head_inputs
+from fedgrade.trust.identity import Roster
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedPhoto:
+    """A photo's grade: the cheapest to be wrong about, how probable it is, and what the decision costs on average.
+
+    The expected cost is in the units of the job's cost matrix.
+    """
+
+    photo: Path
+    grade: str
+    confidence: float
+    expected_cost: float
+    critical: bool
+
+
+def grade_photos(photos: Sequence[Path], *, release: Path, roster: Roster, cache: Path) -> list[GradedPhoto]:
+    """Each of ``photos``, graded as an item of its own by the model in the folder ``release``.
+
+    Raises:
+        SignatureRefused, DocumentRefused, ModelRefused: the release is not one by the roster's coordinator.
+        DataRefused: a photo cannot be read.
+    """
+    opened = open_release(release, signed_by=roster.coordinator)
+    scale = opened.release.job.spec.grading
+    cache.mkdir(parents=True, exist_ok=True)
+    backbone = extractor(opened.release.job.spec.model, cache=cache, device="auto", threads=1)
+    graded = []
+    for path in photos:
+        image = open_photo(path.resolve().parent, _on_its_own(path), PhotoLimits())
+        features = backbone.extract(backbone.prepare(image)[None])
+        inputs = head_inputs(features.astype(np.float64), opened.head.centre)
+        probabilities = grade_probabilities(opened.head.thresholds, inputs)
+        decided = int(decide(probabilities, scale)[0])
+        graded.append(
+            GradedPhoto(
+                photo=path,
+                grade=scale.labels[decided],
+                confidence=float(probabilities[0, decided]),
+                expected_cost=float(expected_costs(probabilities, scale)[0, decided]),
+                critical=decided in scale.critical_indices,
+            )
+        )
+    return graded
+
+
+def _on_its_own(path: Path) -> Photo:
+    """A photo that no manifest describes: the file itself is what is wanted, so its digest is whatever it is."""
+    try:
+        found = digest_file(path)
+    except OSError as error:
+        raise DataRefused(f"photo {path}: cannot be read ({error.strerror})") from error
+    return Photo(
+        path=path.resolve().name,
+        digest=found,
+        item=path.name,
+        source=path.name,
+        grade="",
+        split=Split.TEST,
+        provenance=Provenance.REAL,
+        licence="",
+        origin="",
+    )

@@ -1,0 +1,199 @@
+"""``fedgrade demo``, ``run`` and ``serve``: what a coordinator types."""
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedgrade.data import elpv
+from fedgrade.errors import FedgradeError
+from fedgrade.federation.rounds import Progress as StageProgress
+from fedgrade.federation.rounds import stages_of
+from fedgrade.federation.verification import FederationProof, verify_federation
+from fedgrade.job import JobSpec, TrainingJob, plan_job
+from fedgrade.privacy.accounting import printed
+from server.configure import compose_job, describe
+from server.engines import Engine, Note, Watch, run_engine
+from server.local_federation import LocalFederation, Terms, create_local_federation
+
+logger = logging.getLogger(__name__)
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+ENGINES = get_args(Engine)
+# A local federation's recyclers allow this much over all jobs there will ever be; each may edit its own policy.yaml.
+LIFETIME_EPSILON = 8.0
+
+
+@click.command(epilog="Example: fedgrade demo privacy.target_epsilon=2")
+@click.option("--folder", type=FOLDER, default=Path("runs"), show_default=True, help="Where everything is written.")
+@click.option("--engine", type=click.Choice(ENGINES), default="deployed", show_default=True)
+@click.argument("overrides", nargs=-1)
+def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
+    """Five recyclers train one grading model on real photos, privately, over a real Flower deployment.
+
+    Each demo is a new federation with new keys and new ledgers; features are cached between demos. OVERRIDES are
+    Hydra's, as for `fedgrade run`.
+    """
+    console = Console()
+    spec = compose_job(["experiment=demo", *overrides])
+    console.print(f"Real data: ELPV solar cells, {elpv.LICENCE}.\n{elpv.CITATION}", style="dim", highlight=False)
+    root = folder / f"demo-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    limit = max(spec.privacy.target_epsilon, spec.privacy.evaluation_epsilon)
+    terms = Terms(modes=(spec.privacy.mode,), epsilon_limit=limit, epsilon_per_job=limit)
+    federation = create_local_federation(root, scale=spec.grading, data=spec.data, terms=terms, cache=folder / "cache")
+    _point(folder / "demo", root)
+    _run(console, federation, _put_job(federation, spec), engine=engine, shown=folder / "demo")
+
+
+@click.command(epilog="Example: fedgrade run experiment=pilot privacy.target_epsilon=2")
+@click.option(
+    "--federation", "folder", type=FOLDER, default=Path("runs/federation"), show_default=True,
+    help="Folder of a local federation; a new one with five recyclers is made where there is none.",
+)  # fmt: skip
+@click.option("--engine", type=click.Choice(ENGINES), default="deployed", show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with the job that was interrupted there.")
+@click.option("--groups", is_flag=True, help="List what can be chosen, and stop.")
+@click.argument("overrides", nargs=-1)
+def run(folder: Path, engine: Engine, overrides: tuple[str, ...], *, resume: bool, groups: bool) -> None:
+    """Run one job over a federation whose ledgers remember every job before it.
+
+    OVERRIDES choose and change the job: a group (privacy=local_sgd), a value (privacy.target_epsilon=2).
+    """
+    if groups:
+        click.echo(describe())
+        return
+    console, federation = Console(), LocalFederation(root=folder)
+    if resume:
+        job = federation.coordinator.read_job()
+    else:
+        spec = compose_job(list(overrides))
+        if not federation.exists:
+            terms = Terms(modes=(spec.privacy.mode,), epsilon_limit=LIFETIME_EPSILON, epsilon_per_job=LIFETIME_EPSILON)
+            create_local_federation(
+                folder, scale=spec.grading, data=spec.data, terms=terms, cache=folder.parent / "cache"
+            )
+        job = _put_job(federation, spec)
+    _run(console, federation, job, engine=engine, shown=folder)
+
+
+@click.command(epilog="Example: fedgrade serve runs/federation")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def serve(folder: Path) -> None:
+    """Run the SuperLink of the federation in FOLDER until interrupted: partners' nodes may connect and wait."""
+    from server.deployment import Deployment  # noqa: PLC0415 - Flower takes a second to import
+
+    federation, console = LocalFederation(root=folder), Console()
+    with Deployment(folder) as deployment:
+        for site in federation.sites():
+            deployment.enrol(site, federation.node_key(site))
+        federation.connect(deployment.address, deployment.authority)
+        console.print(f"SuperLink at {deployment.address}; authority {deployment.authority}; Ctrl-C stops it")
+        while True:
+            time.sleep(3600)
+
+
+def _put_job(federation: LocalFederation, spec: JobSpec) -> TrainingJob:
+    job = plan_job(spec, declared_items=federation.declared_items(), nonce=secrets.token_hex(16))
+    federation.coordinator.put_job(job)
+    return job
+
+
+def _run(console: Console, federation: LocalFederation, job: TrainingJob, *, engine: Engine, shown: Path) -> None:
+    began = time.monotonic()
+    console.print(
+        f"Job [bold]{job.spec.name}[/bold]: {len(job.participants)} sites, privacy mode {job.plan.mode}, "
+        f"epsilon {printed(float(job.plan.target_epsilon))} per item at delta {float(job.plan.delta):g}, "
+        f"{job.plan.rounds} rounds"
+    )
+    with _progress(console, job) as (watch, note):
+        run_engine(engine, federation, watch=watch, note=note)
+    proof = verify_federation(federation.root, roster=federation.coordinator.read_roster())
+    _summarise(console, proof, job, federation, shown=shown, seconds=time.monotonic() - began)
+
+
+@contextmanager
+def _progress(console: Console, job: TrainingJob) -> Iterator[tuple[Watch, Note]]:
+    """A bar with stages, sites, elapsed and remaining time; whoever pipes the output gets plain lines instead."""
+    stages = len(stages_of(job))
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=stages)
+
+        def watch(progress: StageProgress) -> None:
+            sites = f"{progress.answered}/{progress.participants} sites"
+            bar.update(task, completed=progress.stage, description=f"{progress.purpose}, {sites}")
+            if not console.is_terminal and (progress.stage % 10 == 0 or progress.stage == stages):
+                console.print(f"stage {progress.stage}/{stages}: {progress.purpose}, {sites}")
+
+        def note(line: str) -> None:
+            console.print(line)
+            bar.update(task, description="sites check their photos (the first time, features are extracted)")
+
+        yield watch, note
+
+
+def _summarise(
+    console: Console,
+    proof: FederationProof,
+    job: TrainingJob,
+    federation: LocalFederation,
+    *,
+    shown: Path,
+    seconds: float,
+) -> None:
+    from fedgrade.report.privacy_report import write_report  # noqa: PLC0415 - matplotlib takes its time
+
+    proved = proof.jobs[job.digest]
+    if proved.release is None:
+        raise FedgradeError(f"job {job.digest[:16]}: no release came of it; see {federation.root / 'logs'}")
+    metrics = proved.release.release.metrics
+    quality = Table("measured on held-out modules, with differential privacy", "", box=None)
+    quality.add_row("quadratic weighted kappa", f"{metrics.quadratic_weighted_kappa:.3f}")
+    quality.add_row("accuracy", f"{metrics.accuracy:.1%}")
+    quality.add_row(f"misses of {', '.join(job.spec.grading.critical)}", f"{metrics.critical_miss_rate:.1%}")
+    spent = Table("epsilon per item", "coordinator", "other partner", "model holder", "all collude", box=None)
+    for site, seen in proved.observers.items():
+        spent.add_row(
+            site,
+            *(printed(e) for e in (seen.coordinator, seen.other_partner, seen.model_holder, seen.full_collusion)),
+        )
+    report = write_report(federation.root, roster=None, now=datetime.now(UTC))
+    release = shown / "jobs" / job.digest[:16] / "release"
+    console.print(quality, spent)
+    console.print(f"model release   {release}")
+    console.print(f"privacy report  {shown / report.relative_to(federation.root)}")
+    console.print(f"{proof.entries} ledger entries verified; {seconds:.0f} s in all")
+    console.print(
+        "\nNext:\n"
+        f"  fedgrade verify {shown}                      check all of this offline\n"
+        f"  fedgrade grade --model {release} PHOTO…      grade a photo\n"
+        f"  fedgrade run experiment=pilot privacy.target_epsilon=2    a federation whose ledgers remember"
+    )
+
+
+def _point(link: Path, target: Path) -> None:
+    """Make ``link`` lead to ``target``, as one step."""
+    temporary = link.with_name(link.name + ".new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(link)
