@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -29,10 +29,8 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
-    get_object_head_values_from_object_content,
     get_object_id,
     get_object_tree,
-    iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
@@ -42,7 +40,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
-    inflate_object_from_contents,
     pull_objects,
     push_object_contents_from_iterable,
 )
@@ -51,12 +48,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from clients.wire import MESSAGE_TYPE, unwrap, wrap
+from clients.wire import MESSAGE_TYPE, RECORD, unwrap, wrap
 from fedgrade.errors import FedgradeError, MessageRefused
 
 # Object heads, protobuf framing and HTTP around one envelope; measured below 1 KiB.
 _OVERHEAD_BYTES: Final = 64 * 1024
-_OBJECT_TYPES: Final = ["ConfigRecord", "RecordDict", "Message"]  # post-order, as flwr walks its object trees
+_NESTING: Final = 2  # message, dictionary, record
 _PULL_SECONDS: Final = 120.0
 _MAX_REASON_CHARACTERS: Final = 300
 
@@ -168,26 +165,26 @@ class FleetConnection:
     def fetch(self, parcel: Parcel) -> bytes:
         """The bytes inside ``parcel``.
 
-        Guarantee: nothing but one message, one dictionary and one record of the promised size is fetched, and each
-        object's bytes hash to the name under which the SuperLink announced it.
+        Guarantee: one record of the promised size is fetched and nothing else, and its bytes hash to the name under
+        which the SuperLink announced it.
 
         Raises:
             MessageRefused: another type, shape or size.
             LinkDown: no answer.
             LinkRefused: the run is over.
         """
-        identifiers = _promised_objects(parcel)
+        record = _announced_record(parcel)
         pull = make_pull_object_fn_protobuf(
             lambda request: self._call(self._client.PullObject, request), self._node, parcel.run_id
         )
         try:
             contents = pull_objects(
-                identifiers, pull_object_fn=pull, max_time=_PULL_SECONDS, initial_backoff=0.03, backoff_cap=0.2
+                [record], pull_object_fn=pull, max_time=_PULL_SECONDS, initial_backoff=0.03, backoff_cap=0.2
             )
         except ObjectPullError as error:
-            raise MessageRefused(f"message {identifiers[-1][:16]}: its objects never arrived ({error})") from error
-        message = _inflate(identifiers, contents)
-        return unwrap(message.content, max_message_bytes=self._access.max_message_bytes)
+            raise MessageRefused(f"record {record[:16]}: it never arrived ({error})") from error
+        content = RecordDict({RECORD: _inflate(record, contents[record])})
+        return unwrap(content, max_message_bytes=self._access.max_message_bytes)
 
     def confirm(self, parcel: Parcel) -> None:
         """Let the SuperLink forget the request's objects.
@@ -287,39 +284,33 @@ class FleetConnection:
             raise MessageRefused(f"SuperLink response of {length} bytes: at most {limit} bytes are read")
 
 
-def _promised_objects(parcel: Parcel) -> list[str]:
-    """Identifiers of the record, the dictionary and the message, in this order.
+def _announced_record(parcel: Parcel) -> str:
+    """The name of the one record inside the one dictionary inside ``parcel``.
 
     Raises:
         MessageRefused: another message type, or another number of objects.
     """
-    if parcel.message.metadata.message_type != MESSAGE_TYPE:
-        raise MessageRefused(
-            f"message type {parcel.message.metadata.message_type[:40]!r}: only {MESSAGE_TYPE!r} is answered"
-        )
-    identifiers = []
-    for node in iterate_object_tree(parcel.tree):
-        identifiers.append(node.object_id)
-        if len(identifiers) > len(_OBJECT_TYPES) or len(node.children) > 1:
-            break
-    if len(identifiers) != len(_OBJECT_TYPES) or len(set(identifiers)) != len(_OBJECT_TYPES):
-        raise MessageRefused(f"message content: exactly {len(_OBJECT_TYPES)} nested objects are read")
-    return identifiers
+    kind = parcel.message.metadata.message_type
+    if kind != MESSAGE_TYPE:
+        raise MessageRefused(f"message type {kind[:40]!r}: only {MESSAGE_TYPE!r} is answered")
+    node, depth = parcel.tree, 0
+    while len(node.children) == 1 and depth < _NESTING:
+        node, depth = node.children[0], depth + 1
+    if depth != _NESTING or node.children:
+        raise MessageRefused("message content: exactly one record in one dictionary is read")
+    return str(node.object_id)
 
 
-def _inflate(identifiers: list[str], contents: dict[str, bytes]) -> Message:
-    """The message that ``contents`` spell, after their hashes and types have been checked."""
+def _inflate(name: str, content: bytes) -> ConfigRecord:
+    """The record that ``content`` spells, after its hash has been checked."""
     try:
-        # flwr picks a class by the name inside the bytes; fixing the names first leaves it no choice.
-        types = [get_object_head_values_from_object_content(contents[name])[0] for name in identifiers]
-        hashed = all(get_object_id(contents[name]) == name for name in identifiers)
-        message = inflate_object_from_contents(identifiers[-1], contents) if types == _OBJECT_TYPES and hashed else None
+        record = ConfigRecord.inflate(content) if get_object_id(content) == name else None
     except Exception as error:
         # flwr's parsers raise whatever they meet in hostile bytes: ValueError, KeyError, DecodeError, IndexError …
-        raise MessageRefused(f"message content: unreadable ({type(error).__name__})") from error
-    if not isinstance(message, Message) or not message.has_content():
-        raise MessageRefused(f"message content: expected {_OBJECT_TYPES}, each hashing to its name")
-    return message
+        raise MessageRefused(f"record {name[:16]}: unreadable ({type(error).__name__})") from error
+    if not isinstance(record, ConfigRecord):
+        raise MessageRefused(f"record {name[:16]}: its bytes do not hash to its name")
+    return record
 
 
 def _hint(status: int) -> str:

@@ -69,7 +69,7 @@ class NodeLink:
     address: str
     root_certificate: Path
     node_key: Path
-    busy_poll_seconds: float = 0.05
+    busy_poll_seconds: float = 0.1
     idle_poll_seconds: float = 3.0
     heartbeat_seconds: float = 10.0
     retry_cap_seconds: float = 15.0
@@ -208,10 +208,9 @@ def _poll(
 
 
 def _answer_one(connection: FleetConnection, parcel: Parcel, answer: Answer, stop: threading.Event) -> None:
-    """Fetch, answer, send. A failure ends this message and not the node."""
+    """Fetch, answer, send, let the SuperLink forget. A failure ends this message and not the node."""
     try:
         request = _patiently(lambda: connection.fetch(parcel), stop)
-        _patiently(lambda: connection.confirm(parcel), stop)
         reply = answer(request)
     except LinkRefused as error:
         logger.warning("run %d: message left unanswered: %s", parcel.run_id, error)
@@ -221,19 +220,26 @@ def _answer_one(connection: FleetConnection, parcel: Parcel, answer: Answer, sto
     except MessageRefused as error:
         reason = str(error)
         logger.warning("run %d: message refused: %s", parcel.run_id, reason)
-        _send(lambda: connection.refuse(parcel, reason), parcel, stop)
+        _send(connection, lambda: connection.refuse(parcel, reason), parcel, stop)
         return
     except Exception:
         # The last door of the site: the operator reads the trace here, the coordinator learns nothing from it.
         logger.exception("run %d: the site could not answer", parcel.run_id)
-        _send(lambda: connection.refuse(parcel, "the site could not answer; its operator has the reason"), parcel, stop)
+        _send(
+            connection,
+            lambda: connection.refuse(parcel, "the site could not answer; its operator has the reason"),
+            parcel,
+            stop,
+        )
         return
-    _send(lambda: connection.reply(parcel, reply), parcel, stop)
+    _send(connection, lambda: connection.reply(parcel, reply), parcel, stop)
 
 
-def _send(send: Callable[[], None], parcel: Parcel, stop: threading.Event) -> None:
+def _send(connection: FleetConnection, send: Callable[[], None], parcel: Parcel, stop: threading.Event) -> None:
     try:
         _patiently(send, stop)
+        # Last, because nobody waits for it.
+        _patiently(lambda: connection.confirm(parcel), stop)
     except LinkRefused as error:
         logger.warning("run %d: reply not taken: %s", parcel.run_id, error)
 

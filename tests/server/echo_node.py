@@ -1,4 +1,4 @@
-"""A resident node that sends each request back, as a process of its own: address, certificate, key."""
+"""A resident node that sends each request back with a mark, as a process of its own: address, certificate, key."""
 
 import signal
 import sys
@@ -14,4 +14,4 @@ if __name__ == "__main__":
     link = NodeLink(
         address=address, root_certificate=Path(certificate), node_key=Path(key), idle_poll_seconds=0.5,
     )
-    serve(link, bytes, stop=stop, on_state=lambda state: print(state.phase, state.detail, flush=True))
+    serve(link, lambda request: request + b"!", stop=stop, on_state=lambda state: print(state.phase, state.detail, flush=True))
