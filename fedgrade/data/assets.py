@@ -74,7 +74,7 @@ class FeatureStore:
             progress: told (done, all) after each batch, and once if there was nothing to do.
 
         Raises:
-            DataRefused: a photo cannot be read, or its features are not finite.
+            DataRefused: a photo cannot be read, its features are not finite, or the cache cannot be written.
         """
         rows = self._kept()
         missing = [photo for photo in photos if bytes.fromhex(photo.digest) not in rows]
@@ -133,7 +133,10 @@ class FeatureStore:
         keys = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
         features = np.array(list(rows.values()), dtype=np.float32).reshape(-1, self.extractor.dimensions)
         raw = save({"photos": keys, "features": features}, metadata=self._statement(keys, features))
-        _write_privately(self._path, raw)
+        try:
+            _write_privately(self._path, raw)
+        except OSError as error:
+            raise DataRefused(f"feature cache {self.cache}: {error.strerror}; free space or choose another") from error
 
     def _statement(self, keys: npt.NDArray[Any], features: npt.NDArray[Any]) -> dict[str, str]:
         content = hashlib.sha256(keys.tobytes())

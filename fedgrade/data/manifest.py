@@ -231,8 +231,9 @@ def _check_together(photos: Sequence[Photo], scale: GradeScale) -> None:
         if photo.digest in digests:
             _refuse(number, f"digest {photo.digest} of {photo.path!r} is there already: the same photo, counted twice")
         for name in ("grade", "split", "source"):
-            if getattr(photo, name) != getattr(first, name):
-                _refuse(number, f"item {photo.item!r} has {name} {getattr(photo, name)!r} and {getattr(first, name)!r}")
+            here, before = str(getattr(photo, name)), str(getattr(first, name))
+            if here != before:
+                _refuse(number, f"item {photo.item!r} has {name} {here!r} and {before!r}")
         if side.setdefault(photo.source, photo.split) is not photo.split:
             _refuse(number, f"source {photo.source!r} is in both splits; split by source, never by photo")
         paths.add(photo.path)

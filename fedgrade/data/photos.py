@@ -73,18 +73,14 @@ def read_photo(root: Path, photo: Photo, limits: PhotoLimits) -> bytes:
     """
     try:
         descriptor = _open_beneath(root, PurePosixPath(photo.path))
+        try:
+            raw = _read(descriptor, photo, limits)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise DataRefused(
             f"photo {photo.path!r}: {error.strerror}; photos are plain files inside the photo folder, without links"
         ) from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataRefused(f"photo {photo.path!r}: not a plain file")
-        if status.st_size > limits.max_bytes:
-            raise DataRefused(f"photo {photo.path!r}: {status.st_size} bytes; the limit is {limits.max_bytes}")
-        # One byte more than it should be: a file that grows while it is read shows as another digest.
-        raw = file.read(status.st_size + 1)
     if hashlib.sha256(raw).hexdigest() != photo.digest:
         raise DataRefused(f"photo {photo.path!r}: changed on disk since the manifest was made; make the manifest again")
     return raw
@@ -121,6 +117,17 @@ def _open_beneath(root: Path, path: PurePosixPath) -> int:
         return os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     finally:
         os.close(folder)
+
+
+def _read(descriptor: int, photo: Photo, limits: PhotoLimits) -> bytes:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataRefused(f"photo {photo.path!r}: not a plain file")
+    if status.st_size > limits.max_bytes:
+        raise DataRefused(f"photo {photo.path!r}: {status.st_size} bytes; the limit is {limits.max_bytes}")
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        # One byte more than it should be: a file that grows while it is read shows as another digest.
+        return file.read(status.st_size + 1)
 
 
 def _check_pixels(photo: Photo, image: Image.Image, limits: PhotoLimits) -> None:

@@ -194,7 +194,7 @@ def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
     A cached file is the SHA-256 of the ONNX bytes, then the bytes: a torn or changed one is noticed and made again.
 
     Raises:
-        ModelRefused: the weights are missing or not the pinned ones.
+        ModelRefused: the weights are missing or not the pinned ones, or ``cache`` cannot be written.
     """
     kept = cache / f"backbone-{extractor_digest(spec)}.onnx"
     if kept.is_file() and kept.stat().st_size <= MAX_FILE_BYTES:
@@ -202,7 +202,10 @@ def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
         if hashlib.sha256(sealed[DIGEST_BYTES:]).digest() == sealed[:DIGEST_BYTES]:
             return sealed[DIGEST_BYTES:]
     exported = _export(spec, build_backbone(spec, backbone_weights_path()))
-    _write_atomically(kept, hashlib.sha256(exported).digest() + exported)
+    try:
+        _write_atomically(kept, hashlib.sha256(exported).digest() + exported)
+    except OSError as error:
+        raise ModelRefused(f"backbone cache {cache}: {error.strerror}; free space or choose another") from error
     return exported
 
 

@@ -129,6 +129,12 @@ def test_a_cached_export_needs_no_torch(cache, onnx_extractor):  # noqa: ARG001 
     subprocess.run([sys.executable, "-c", code, str(cache)], check=True)
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "occupied").write_bytes(b"")
+    with pytest.raises(ModelRefused, match=r"backbone cache .*occupied"):
+        backbones.exported_backbone(SPEC, tmp_path / "occupied")
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 224, 223), (1, 1, 224, 224), (3, 224, 224)])
 def test_a_batch_of_another_shape_is_refused(onnx_extractor, shape):
     with pytest.raises(ModelRefused, match="fits"):
