@@ -29,7 +29,7 @@ from fedgrade.trust.canonical import decode
 # Beside this package in a checkout and in site-packages alike; a folder named conf elsewhere on the path cannot take
 # its place.
 CONF: Final = Path(__file__).resolve().parent.parent / "conf"
-_EXPERIMENT: Final = "experiment"
+OPEN_VALUE: Final = "???"  # OmegaConf's mark for a value that somebody has yet to give
 _SHOWN: Final = 80  # characters of a refused override
 
 
@@ -47,10 +47,11 @@ def compose_job(overrides: Sequence[str]) -> JobSpec:
     for override in chosen:
         _require_option(override, options[override.key_or_group])
     # Keys depend on the options chosen, so those are composed first.
-    known = tuple(_leaves(_compose(chosen)))
+    tree = _compose(chosen)
+    known = tuple(key for key, _ in _leaf_values(tree))
     for override in changed:
         _require_known(override, known)
-    return _decode(_compose([*chosen, *changed]))
+    return _decode(_compose([*chosen, *changed]) if changed else tree)
 
 
 def groups() -> dict[str, tuple[str, ...]]:
@@ -65,13 +66,13 @@ def describe() -> str:
     """Groups, options and a phrase for each, as text for ``--help``; the defaults are marked with a star."""
     defaults = _defaults()
     options = groups()
-    width = max(len(option) for several in options.values() for option in several)
+    width = max(len(f"{group}={option}") for group, several in options.items() for option in several)
     lines: list[str] = []
     for group, several in options.items():
         lines.append(f"{group}:")
         for option in several:
             star = "*" if defaults.get(group) == option else " "
-            lines.append(f" {star} {group}={option:<{width}}  {_phrase(CONF / group / f'{option}.yaml')}")
+            lines.append(f" {star} {f'{group}={option}':<{width}}  {_phrase(CONF / group / f'{option}.yaml')}")
     return "\n".join([*lines, "", "Any value can be changed too, for example privacy.target_epsilon=2."])
 
 
@@ -82,6 +83,8 @@ def _parse(raw: str) -> Override:
         override = OverridesParser.create().parse_override(raw)
     except (HydraException, ValueError, RecursionError) as error:
         raise JobRefused(f"override {raw[:_SHOWN]!r}: not KEY=VALUE ({_one_line(error)})") from error
+    if not override.key_or_group:
+        _refuse(raw, "not KEY=VALUE (there is no key)")
     if override.type is not OverrideType.CHANGE:
         _refuse(raw, "keys are neither added nor deleted; write KEY=VALUE with a key that the job has")
     if override.key_or_group.partition(".")[0].partition("/")[0] == "hydra":
@@ -90,6 +93,8 @@ def _parse(raw: str) -> Override:
         _refuse(raw, "packages (@) are not used here; write GROUP=OPTION or KEY=VALUE")
     if override.is_sweep_override():
         _refuse(raw, "several values at once; one job has one, and a list is written [a,b]")
+    if override.value() == OPEN_VALUE:
+        _refuse(raw, f"{OPEN_VALUE} stands for no value at all")
     return override
 
 
@@ -109,6 +114,10 @@ def _require_option(override: Override, options: Sequence[str]) -> None:
 
 def _require_known(override: Override, known: Sequence[str]) -> None:
     key = override.key_or_group
+    if key == "privacy.mode":
+        raise JobRefused(
+            f"{key}: comes with the option; choose one with privacy={' or privacy='.join(groups()['privacy'])}"
+        )
     if key in known:
         return
     # People misspell keys and forget the group; both are looked for.
@@ -141,10 +150,6 @@ def _decode(tree: dict[str, Any]) -> JobSpec:
         text = str(error).removeprefix("job: ")
         mode = tree["privacy"]["mode"]
         raise JobRefused(text.replace(f"privacy.{mode}.", "privacy.", 1)) from error
-
-
-def _leaves(tree: dict[str, Any]) -> Iterator[str]:
-    return (key for key, _ in _leaf_values(tree))
 
 
 def _leaf_values(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
