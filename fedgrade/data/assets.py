@@ -19,10 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedgrade.data.manifest import Photo
-from fedgrade.data.photos import ByteArray, PhotoLimits, open_photo, verify_photos
+from fedgrade.data.photos import ByteArray, PhotoLimits, open_photo
 from fedgrade.errors import DataRefused
-
-__all__ = ["Extractor", "FeatureStore", "PhotoLimits", "open_photo", "verify_photos"]
 
 FeatureArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -67,7 +65,7 @@ class FeatureStore:
         """Features [photos, dimensions] of ``photos``, in their order.
 
         Photos are read only where the cache has no row for them; whether the files are still those of the manifest is
-        for :func:`verify_photos` to say, once, when a site starts.
+        for :func:`fedgrade.data.photos.verify_photos` to say, once, when a site starts.
 
         Args:
             photos: whose features are wanted.
