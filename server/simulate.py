@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from server.grid_cohort import GridCohort
 from server.superlink import QUIET
 
 _JOIN_SECONDS: Final = 120.0
+_ACTORS: Final = 2  # they only forward bytes
 
 
 def simulate(answers: Mapping[SiteId, Callable[[bytes], bytes]], coordinate: Callable[[GridCohort], None]) -> None:
@@ -38,7 +40,8 @@ def simulate(answers: Mapping[SiteId, Callable[[bytes], bytes]], coordinate: Cal
         RoundFailed: the simulated nodes did not come up; whatever ``coordinate`` raises passes through.
     """
     os.environ.update(QUIET)
-    # After QUIET: flwr reads its telemetry switch when it is imported.
+    # After QUIET: flwr reads its telemetry switch when it is imported. Ray takes a second and is needed only here.
+    import ray  # noqa: PLC0415
     from flwr.simulation import run_simulation  # noqa: PLC0415
 
     sites = list(answers)
@@ -49,26 +52,25 @@ def simulate(answers: Mapping[SiteId, Callable[[bytes], bytes]], coordinate: Cal
         del context
         coordinate(GridCohort(grid, _nodes(grid, sites)))
 
-    with _sockets(answers), _without_deprecation_notice():
-        run_simulation(
-            server_app=server_app,
-            client_app=client_app,
-            num_supernodes=len(sites),
-            # The actors only forward bytes; the work is done in this process.
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-        )
-
-
-@contextmanager
-def _sockets(answers: Mapping[SiteId, Callable[[bytes], bytes]]) -> Iterator[None]:
-    """One agent a site, numbered as in ``answers``; the environment tells Ray's workers where."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedgrade-")))
-        for number, answer in enumerate(answers.values()):
-            stack.enter_context(AgentServer(Gate(answer), folder / f"{number}.sock"))
+        # Ray's workers inherit the environment, and Ray forks: a fork while gRPC's threads run can hang, so Ray comes
+        # before the agents.
         os.environ[SOCKETS] = str(folder)
         stack.callback(os.environ.pop, SOCKETS, None)
-        yield
+        stack.callback(ray.shutdown)
+        with _without_expected_warnings():
+            ray.init(num_cpus=_ACTORS, num_gpus=0, include_dashboard=False, log_to_driver=False)
+        for number, answer in enumerate(answers.values()):
+            stack.enter_context(AgentServer(Gate(answer), folder / f"{number}.sock"))
+        with _without_expected_warnings():
+            run_simulation(
+                server_app=server_app,
+                client_app=client_app,
+                num_supernodes=len(sites),
+                # The actors only forward bytes; the work is done in this process.
+                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+            )
 
 
 def _nodes(grid: Grid, sites: Sequence[SiteId]) -> dict[SiteId, int]:
@@ -94,11 +96,12 @@ def _nodes(grid: Grid, sites: Sequence[SiteId]) -> dict[SiteId, int]:
 
 
 @contextmanager
-def _without_deprecation_notice() -> Iterator[None]:
-    """Hold back the one notice that ``run_simulation`` will go, and nothing else that flwr logs.
+def _without_expected_warnings() -> Iterator[None]:
+    """Hold back two notices that nobody here can act on, and nothing else.
 
-    Its successor, ``flwr run . local``, leaves a SuperLink running in the background and cannot take ``coordinate``
-    as an argument. flwr is pinned; when the function goes, the import above fails loudly.
+    flwr logs that ``run_simulation`` will go; its successor, ``flwr run . local``, leaves a SuperLink running in the
+    background and cannot take ``coordinate`` as an argument. flwr is pinned, and when the function goes, the import
+    above fails loudly. Ray warns that a later version will treat GPU variables differently; the actors use none.
     """
 
     def keep(record: logging.LogRecord) -> bool:
@@ -107,6 +110,8 @@ def _without_deprecation_notice() -> Iterator[None]:
     flwr_logger = logging.getLogger("flwr")
     flwr_logger.addFilter(keep)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
+            yield
     finally:
         flwr_logger.removeFilter(keep)
