@@ -63,7 +63,7 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 
 def describe() -> str:
-    """Groups, options and a phrase for each, as text for ``--help``; the defaults are marked with a star."""
+    """Groups, options and a phrase for each, as text for a person; the defaults are marked with a star."""
     defaults = _defaults()
     options = groups()
     width = max(len(f"{group}={option}") for group, several in options.items() for option in several)
@@ -123,7 +123,7 @@ def _require_known(override: Override, known: Sequence[str]) -> None:
     # People misspell keys and forget the group; both are looked for.
     near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     near += [name for name in difflib.get_close_matches(key, [*known, *groups()], cutoff=0.7) if name not in near]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else "`fedgrade run --help` lists what there is"
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "`fedgrade run --groups` lists what there is"
     raise JobRefused(f"{key[:_SHOWN]}: unknown key in this job; {hint}")
 
 

@@ -87,7 +87,7 @@ def test_lists_and_quoted_text_are_values_like_any_other():
         ("target_epsilon=2", "target_epsilon: unknown key.*did you mean privacy.target_epsilon"),
         ("privcy=local", "privcy: unknown key.*did you mean privacy"),
         ("privacy.sampling_rate=0.1", "privacy.sampling_rate: unknown key in this job"),
-        ("utterly.elsewhere=1", "utterly.elsewhere: unknown key.*--help"),
+        ("utterly.elsewhere=1", "utterly.elsewhere: unknown key.*--groups"),
         ("privacy=locl", "privacy: no option 'locl'; choose one of distributed, local, local_sgd"),
         ("privacy=null", "privacy: no option 'None'"),
         ("privacy=[local]", "privacy: no option"),

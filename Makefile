@@ -1,0 +1,67 @@
+# Everything here runs in .venv, which the first target that needs it makes. `make help` says what there is.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# Stamps: installed again only when what there is to install has changed.
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check browser bench soak clean
+# Targets share one environment and two processors.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:  ## Say what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: $(DEMO)  ## Five recyclers train one model on real photos, privately; ARGS="privacy.target_epsilon=2" changes it
+	$(BIN)/fedgrade demo $(ARGS)
+
+test: check browser  ## Everything that must hold: make check, then all tests but the slow ones, with coverage
+	$(BIN)/python -m pytest -m "not slow" --cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
+		--cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
+
+check: $(DEV)  ## Style, types and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV)  ## Measure, and write the figures into docs/benchmarks.md
+	PYTHONPATH=. $(BIN)/python benchmarks/run.py --write docs/benchmarks.md $(ARGS)
+
+soak: $(DEV)  ## The slow tests: minutes to hours
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+clean:  ## Remove the environment and every cache; never runs/, which holds keys and ledgers
+	rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# Pip is the last thing that venv puts in place: an environment without it was interrupted.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fedgrade needs Python 3.11 or newer, and $(PYTHON) is not; try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing into $(VENV): several gigabytes the first time, most of them CUDA libraries that torch brings along."
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing into $(VENV): several gigabytes the first time, most of them CUDA libraries that torch brings along."
+	$(INSTALL) -e '.[dev]'
+	@touch $(DEMO) $@
+
+# Browser tests open pages in the system's Chromium; without one they skip.
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+			|| echo "Chromium could not be installed with apt-get: browser tests skip."; \
+	else echo "No Chromium here, and no right to install one: browser tests skip."; fi
