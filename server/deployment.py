@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Final, Self
@@ -38,6 +39,23 @@ class DeploymentFailed(FedgradeError):
     """A process of the federation did not start or ended early, or the run did not complete."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listen:
+    """Where the SuperLink is reached; by default on loopback, at ports that happen to be free.
+
+    Attributes:
+        interface: on which partners reach it.
+        hosts: public names and addresses in its certificate, besides loopback.
+        public_port: for partners; 0 for a free one.
+        admin_port: on loopback, for the coordinator's own tools; 0 for a free one.
+    """
+
+    interface: str = "127.0.0.1"
+    hosts: tuple[str, ...] = ()
+    public_port: int = 0
+    admin_port: int = 0
+
+
 class Deployment:
     """A SuperLink and its superexec, then sites and runs; a context manager.
 
@@ -55,8 +73,9 @@ class Deployment:
         authority: the certificate that partners need.
     """
 
-    def __init__(self, run_directory: Path) -> None:
+    def __init__(self, run_directory: Path, *, listen: Listen = Listen()) -> None:
         self.run_directory = run_directory.resolve()
+        self._listen = listen
         self.address = ""
         self.authority = self.run_directory / "superlink" / "ca.pem"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -170,12 +189,13 @@ class Deployment:
 
     def _start_superlink(self) -> None:
         folder = self.run_directory / "superlink"
-        self._certificates: ServerCertificates = certify(folder, [], now=datetime.now(UTC))
+        self._certificates: ServerCertificates = certify(folder, self._listen.hosts, now=datetime.now(UTC))
         self._token = ensure_token(folder / "token")
         self._secret = ensure_token(folder / "superexec-secret")
         self._database = folder / "state.db"
-        public, self._admin_port = _free_ports(2)
-        self.address = f"127.0.0.1:{public}"
+        free = _free_ports(2)
+        public, self._admin_port = self._listen.public_port or free[0], self._listen.admin_port or free[1]
+        self.address = f"{next(iter(self._listen.hosts), '127.0.0.1')}:{public}"
         admin = f"127.0.0.1:{self._admin_port}"
         self._run_superlink()
         control = Control(admin, authority=self._certificates.authority, token=read_private(self._token))
@@ -195,7 +215,7 @@ class Deployment:
 
     def _run_superlink(self) -> None:
         files = self._certificates
-        host, _, port = self.address.rpartition(":")
+        host, port = self._listen.interface, self.address.rpartition(":")[2]
         self._spawn(
             "superlink",
             [

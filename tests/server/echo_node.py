@@ -12,6 +12,14 @@ if __name__ == "__main__":
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     link = NodeLink(
-        address=address, root_certificate=Path(certificate), node_key=Path(key), idle_poll_seconds=0.5,
+        address=address,
+        root_certificate=Path(certificate),
+        node_key=Path(key),
+        idle_poll_seconds=0.5,
     )
-    serve(link, lambda request: request + b"!", stop=stop, on_state=lambda state: print(state.phase, state.detail, flush=True))
+    serve(
+        link,
+        lambda request: request + b"!",
+        stop=stop,
+        on_state=lambda state: sys.stdout.write(f"{state.phase} {state.detail}\n"),
+    )

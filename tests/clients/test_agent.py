@@ -1,0 +1,103 @@
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from clients import agent
+from clients.agent import AgentClient, AgentServer, AgentUnavailable
+from clients.gate import Gate, Mode
+from fedgrade.errors import DocumentRefused
+
+
+@pytest.fixture
+def path():
+    # pytest's own folders are too deep for a Unix socket's name.
+    with tempfile.TemporaryDirectory(prefix="agent-") as folder:
+        yield Path(folder) / "agent.sock"
+
+
+def test_the_socket_carries_bytes_there_and_back(path):
+    envelope = bytes(range(256)) * 40_000
+    with AgentServer(Gate(lambda request: request[::-1]), path), AgentClient(path) as client:
+        assert client.answer(envelope, timeout_seconds=30) == envelope[::-1]
+
+
+def test_only_the_owner_may_open_the_socket(path):
+    with AgentServer(Gate(bytes), path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert not path.exists()
+
+
+def test_a_folder_open_to_others_is_refused(path):
+    path.parent.chmod(0o755)
+    with pytest.raises(DocumentRefused, match="chmod 700"), AgentServer(Gate(bytes), path):
+        pass
+
+
+def test_a_paused_site_is_unavailable_until_it_is_resumed(path):
+    with AgentServer(Gate(bytes), path, link=lambda: "online"), AgentClient(path) as client:
+        assert client.pause().mode is Mode.PAUSED
+        with pytest.raises(AgentUnavailable, match="UNAVAILABLE: the site is paused"):
+            client.answer(b"x", timeout_seconds=5)
+        assert client.resume().mode is Mode.RUNNING
+        assert client.answer(b"x", timeout_seconds=5) == b"x"
+        status = client.status()
+    assert (status.mode, status.answered, status.answering, status.link) == (Mode.RUNNING, 1, False, "online")
+
+
+def test_drain_tells_the_process_that_it_may_end(path):
+    gate = Gate(bytes)
+    with AgentServer(gate, path), AgentClient(path) as client:
+        assert client.drain().mode is Mode.DRAINING
+    assert gate.drained.is_set()
+
+
+def test_the_caller_learns_nothing_from_a_failure_inside(path, caplog):
+    def fail(_request):
+        raise ValueError("photo 17 of lot 4")
+
+    with AgentServer(Gate(fail), path), AgentClient(path) as client, pytest.raises(AgentUnavailable) as caught:
+        client.answer(b"x", timeout_seconds=5)
+    assert "photo" not in str(caught.value)
+    assert "photo 17" in caplog.text
+
+
+def test_nobody_listening_is_one_clear_error(path):
+    with AgentClient(path) as client, pytest.raises(AgentUnavailable, match="UNAVAILABLE"):
+        client.status()
+
+
+def test_a_second_process_does_not_take_over_a_live_socket(path):
+    with AgentServer(Gate(bytes), path):
+        with pytest.raises(DocumentRefused, match="already listens"), AgentServer(Gate(bytes), path):
+            pass
+        with AgentClient(path) as client:
+            assert client.status().mode is Mode.RUNNING
+
+
+def test_a_dead_socket_is_replaced(path):
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with AgentServer(Gate(bytes), path), AgentClient(path) as client:
+        assert client.answer(b"x", timeout_seconds=5) == b"x"
+
+
+def test_a_file_in_the_sockets_place_is_left_alone(path):
+    path.write_text("notes")
+    with pytest.raises(DocumentRefused, match="another kind"), AgentServer(Gate(bytes), path):
+        pass
+    assert path.read_text() == "notes"
+
+
+def test_a_path_too_long_for_a_socket_is_refused(path):
+    with pytest.raises(DocumentRefused, match="at most 100 bytes"), AgentServer(Gate(bytes), path / ("x" * 100)):
+        pass
+
+
+def test_an_oversized_envelope_is_not_sent(path, monkeypatch):
+    monkeypatch.setattr(agent, "MAX_ENVELOPE_BYTES", 10)
+    with AgentClient(path) as client, pytest.raises(DocumentRefused, match="at most 10"):
+        client.answer(b"x" * 11)
