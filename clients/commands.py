@@ -26,11 +26,14 @@ def site() -> None:
 def up(site_file: Path) -> None:
     """Start this site's node and keep it running until it is drained or stopped."""
     # Imported here: torch takes seconds, and `fedgrade site status` should not wait for it.
+    import torch  # noqa: PLC0415
+
     from clients.configure import open_site  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = read_site(site_file)
+    torch.set_num_threads(settings.settings.threads)
     partner, charging = open_site(settings)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -95,7 +95,7 @@ def verify(folder: Path, roster: Path | None) -> None:
 @click.option("--roster", type=FILE, help="The roster you trust; without it, the folder's own is used.")
 def report(folder: Path, roster: Path | None) -> None:
     """Rebuild the HTML privacy report of FOLDER from its ledgers alone, after verifying them."""
-    from fedgrade.report.privacy_report import write_report  # noqa: PLC0415 - matplotlib takes its time
+    from fedgrade.report.privacy import write_report  # noqa: PLC0415 - matplotlib takes its time
 
     click.echo(write_report(folder, roster=_roster(roster), now=datetime.now(UTC)))
 

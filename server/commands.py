@@ -161,7 +161,7 @@ def _summarise(
     shown: Path,
     seconds: float,
 ) -> None:
-    from fedgrade.report.privacy_report import write_report  # noqa: PLC0415 - matplotlib takes its time
+    from fedgrade.report.privacy import write_report  # noqa: PLC0415 - matplotlib takes its time
 
     proved = proof.jobs[job.digest]
     if proved.release is None:
