@@ -4,6 +4,7 @@ Private API of flwr, pinned ``>=1.41,<1.42``; tests/server/test_flwr_contract.py
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +148,8 @@ class Control:
         Raises:
             ControlRefused: the SuperLink did not take it.
         """
-        content, _ = build_fab_from_files(_BUNDLE)
-        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
         request = StartRunRequest(
-            fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config)), federation=""
+            fab=fab_to_proto(_build(_BUNDLE)), override_config=user_config_to_proto(dict(run_config)), federation=""
         )
         return int(self._call(self._client.StartRun, request).run_id)
 
@@ -188,6 +187,15 @@ class Control:
             raise ControlRefused(f"SuperLink {self._address}: {text}") from error
         except httpx.TransportError as error:
             raise ControlRefused(f"SuperLink {self._address}: {error or type(error).__name__}") from error
+
+
+def _build(files: Mapping[str, bytes]) -> Fab:
+    """``files`` as Flower's app bundle."""
+    with warnings.catch_warnings():
+        # flwr 1.41 calls pathspec by a name that pathspec 1.0 deprecates; nobody here can act on it.
+        warnings.filterwarnings("ignore", message="GitWildMatchPattern", category=DeprecationWarning)
+        content, _ = build_fab_from_files(files)
+    return Fab(hashlib.sha256(content).hexdigest(), content, {})
 
 
 class _Bearer:

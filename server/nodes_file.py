@@ -27,7 +27,7 @@ def read_nodes(run_directory: Path) -> dict[SiteId, int]:
         document = json.loads(raw) if len(raw) <= _MAX_BYTES else None
     except OSError as error:
         raise DocumentRefused(f"{path}: {error.strerror}; enrol the sites first") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DocumentRefused(f"{path}: not JSON") from error
     if not isinstance(document, dict) or not all(type(node) is int for node in document.values()):
         raise DocumentRefused(f"{path}: expected one object of node ids by site, at most {_MAX_BYTES} bytes")

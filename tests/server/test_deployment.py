@@ -1,0 +1,375 @@
+"""Real processes on loopback: TLS, signed requests, bytes there and back, and everything that may go wrong between.
+
+One deployment serves the module. The test takes the run's task itself, as superexec would, so that it holds a real
+Grid; nodes are threads of the test, which makes hostile ones easy.
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from clients.fleet import FleetAccess, FleetConnection
+from clients.node import LinkPhase, NodeLink, serve
+from clients.node_key import create_node_key, load_node_key
+from server.certificates import certify
+from server.control import Control, ControlRefused
+from server.deployment import Deployment, DeploymentFailed
+from server.grid_cohort import GridCohort
+from server.keeper import others_alive
+
+pytestmark = pytest.mark.flower
+
+_spec = importlib.util.spec_from_file_location("hostile_bundle", Path(__file__).with_name("hostile_bundle.py"))
+hostile_bundle = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hostile_bundle)
+
+PATIENCE = 60.0
+
+
+class Node:
+    """A resident node in a thread."""
+
+    def __init__(self, deployment, key, answer, authority=None):
+        self.stop, self.phases, self._changed = threading.Event(), [], threading.Condition()
+        link = NodeLink(
+            address=deployment.address,
+            root_certificate=authority or deployment.authority,
+            node_key=key,
+            idle_poll_seconds=0.3,
+            retry_cap_seconds=1.0,
+        )
+        settings = {"stop": self.stop, "on_state": self._note}
+        self._thread = threading.Thread(target=serve, args=(link, answer), kwargs=settings, daemon=True)
+        self._thread.start()
+
+    def _note(self, state):
+        with self._changed:
+            self.phases.append(state)
+            self._changed.notify_all()
+
+    def wait_for(self, phase, *, after=0):
+        """The first state in ``phase`` among those after the first ``after``."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(s.phase is phase for s in self.phases[after:]), PATIENCE)
+            return next(state for state in self.phases[after:] if state.phase is phase)
+
+    def end(self):
+        self.stop.set()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+@contextlib.contextmanager
+def running(*nodes):
+    try:
+        yield nodes
+    finally:
+        for node in nodes:
+            node.stop.set()
+        for node in nodes:
+            node.end()
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    with Deployment(tmp_path_factory.mktemp("run")) as running_deployment:
+        # The test takes the run's task itself.
+        running_deployment.process("superexec").send_signal(signal.SIGSTOP)
+        yield running_deployment
+        running_deployment.process("superexec").send_signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def mark(tmp_path_factory):
+    return tmp_path_factory.mktemp("mark") / "the-bundle-ran"
+
+
+@pytest.fixture(scope="module")
+def grid(deployment, mark):
+    deployment._control._client.StartRun(hostile_bundle.start_request(mark))
+    with runtime_client(deployment, deployment._secret.read_bytes()) as client:
+        task = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+    grid = HttpGrid(admin(deployment), root_certificates=deployment.authority.read_bytes(), token=task.token)
+    given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+        given.run.run_id,
+        given.context.node_id,
+        given.task_id,
+    )
+    grid.set_run(Run.create_empty(given.run.run_id))
+    # As flwr-serverapp does; without it the task's token expires.
+    heart = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+    heart.start()
+    yield grid
+    heart.stop()
+    grid.close()
+
+
+@pytest.fixture(scope="module")
+def enrolled(deployment, tmp_path_factory):
+    """Node keys of three sites, by name."""
+    folder = tmp_path_factory.mktemp("keys")
+    for site in ("alpha", "beta", "gamma"):
+        deployment.enrol(site, create_node_key(folder / site))
+    return {site: folder / site for site in ("alpha", "beta", "gamma")}
+
+
+@pytest.fixture(scope="module")
+def nodes(deployment, enrolled):
+    return {site: deployment.enrol(site, key.with_name(key.name + ".pub")) for site, key in enrolled.items()}
+
+
+def admin(deployment):
+    return f"127.0.0.1:{deployment._admin_port}"
+
+
+def runtime_client(deployment, secret=None):
+    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperExec")]
+    if secret is not None:
+        methods = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+        interceptors.append(SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=methods))
+    return RuntimeHttpClient.from_server_address(
+        admin(deployment),
+        insecure=False,
+        root_certificates=deployment.authority.read_bytes(),
+        interceptors=interceptors,
+    )
+
+
+def marked(site):
+    return lambda request: request + site.encode()
+
+
+def online(deployment, enrolled, **answers):
+    started = [Node(deployment, enrolled[site], answers.get(site, marked(site))) for site in enrolled]
+    for node in started:
+        node.wait_for(LinkPhase.ONLINE)
+    return running(*started)
+
+
+@pytest.mark.parametrize(("size", "rounds"), [(8_000, 3), (8_000_000, 2)])
+def test_bytes_go_there_and_back_for_several_rounds(deployment, grid, enrolled, nodes, size, rounds):
+    cohort = GridCohort(grid, nodes)
+    with online(deployment, enrolled):
+        for round_index in range(rounds):
+            requests = {site: os.urandom(size) + bytes([round_index]) for site in nodes}
+            assert cohort.ask(requests, deadline_seconds=PATIENCE) == {
+                site: request + site.encode() for site, request in requests.items()
+            }
+
+
+def test_a_silent_site_does_not_keep_the_others_answers(deployment, grid, enrolled, nodes):
+    woken = threading.Event()
+
+    def sleep(request):
+        woken.wait(PATIENCE)
+        return request
+
+    with online(deployment, enrolled, beta=sleep):
+        replies = GridCohort(grid, nodes).ask(dict.fromkeys(nodes, b"?"), deadline_seconds=5.0)
+        woken.set()
+    assert replies == {"alpha": b"?alpha", "gamma": b"?gamma"}
+
+
+def test_a_site_that_fails_is_absent_at_once_and_tells_no_secrets(deployment, grid, enrolled, nodes, caplog):
+    def fail(_request):
+        raise ValueError("photo 17 of lot 4")
+
+    with online(deployment, enrolled, beta=fail):
+        replies = GridCohort(grid, nodes).ask(dict.fromkeys(nodes, b"?"), deadline_seconds=PATIENCE)
+    assert replies == {"alpha": b"?alpha", "gamma": b"?gamma"}
+    told = [record.getMessage() for record in caplog.records if record.name == "server.grid_cohort"]
+    assert len(told) == 1
+    assert "photo" not in told[0]
+
+
+def test_a_reply_that_is_announced_and_never_sent_holds_up_no_one(deployment, grid, enrolled, nodes):
+    liar = FleetConnection(
+        FleetAccess(
+            address=deployment.address,
+            root_certificate=deployment.authority.read_bytes(),
+            key=load_node_key(enrolled["beta"]),
+            max_message_bytes=1000,
+            heartbeat_seconds=10.0,
+        )
+    )
+    liar.activate()
+
+    def lie():
+        while (parcel := liar.receive()) is None:
+            time.sleep(0.05)
+        liar._client.PushObject = lambda _request: type("Stored", (), {"stored": True})()
+        liar.reply(parcel, b"never sent")
+
+    lying = threading.Thread(target=lie, daemon=True)
+    lying.start()
+    honest = [Node(deployment, enrolled[site], marked(site)) for site in ("alpha", "gamma")]
+    with running(*honest):
+        replies = GridCohort(grid, nodes).ask(dict.fromkeys(nodes, b"?"), deadline_seconds=5.0)
+    lying.join(PATIENCE)
+    liar.close()
+    assert replies == {"alpha": b"?alpha", "gamma": b"?gamma"}
+
+
+def test_an_oversized_request_is_refused_unread_and_the_node_lives_on(deployment, grid, enrolled, nodes):
+    link = NodeLink(
+        address=deployment.address,
+        root_certificate=deployment.authority,
+        node_key=enrolled["alpha"],
+        idle_poll_seconds=0.3,
+        max_message_bytes=100_000,
+    )
+    stop, asked = threading.Event(), []
+
+    def answer(request):
+        asked.append(len(request))
+        return b"ok"
+
+    thread = threading.Thread(target=serve, args=(link, answer), kwargs={"stop": stop}, daemon=True)
+    thread.start()
+    cohort = GridCohort(grid, {"alpha": nodes["alpha"]})
+    assert cohort.ask({"alpha": b"x" * 300_000}, deadline_seconds=PATIENCE) == {}
+    assert cohort.ask({"alpha": b"x" * 99_000}, deadline_seconds=PATIENCE) == {"alpha": b"ok"}
+    stop.set()
+    thread.join(PATIENCE)
+    assert asked == [99_000]
+
+
+def test_another_authority_is_refused_before_a_byte_is_sent(deployment, enrolled, tmp_path):
+    impostor = certify(tmp_path, [], now=datetime.now(UTC)).authority
+    with running(Node(deployment, enrolled["alpha"], bytes, authority=impostor)) as (node,):
+        assert "not signed by the authority" in node.wait_for(LinkPhase.REFUSED).detail
+
+
+def test_a_key_that_nobody_enrolled_is_refused(deployment, tmp_path):
+    create_node_key(tmp_path / "stranger")
+    with running(Node(deployment, tmp_path / "stranger", bytes)) as (node,):
+        assert "SuperLink" in node.wait_for(LinkPhase.REFUSED).detail
+    assert all(state.phase is not LinkPhase.ONLINE for state in node.phases)
+
+
+def test_a_key_is_enrolled_once(deployment, enrolled):
+    with pytest.raises(ControlRefused):
+        deployment._control.register(enrolled["alpha"].with_name("alpha.pub"), "again")
+
+
+def fetch(deployment, port, path, **headers):
+    context = ssl.create_default_context(cafile=str(deployment.authority))
+    request = urllib.request.Request(f"https://127.0.0.1:{port}{path}", headers=headers, data=b"")
+    try:
+        with urllib.request.urlopen(request, context=context, timeout=PATIENCE) as response:  # noqa: S310
+            return response.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+@pytest.mark.parametrize("path", ["/v1/control/start-run", "/v1/runtime/acquire-task", "/docs", "/openapi.json"])
+def test_the_public_port_serves_nodes_only(deployment, path):
+    public = deployment.address.rpartition(":")[2]
+    assert fetch(deployment, public, path) == 404
+
+
+def test_the_admin_port_wants_the_token(deployment):
+    assert fetch(deployment, deployment._admin_port, "/v1/control/list-nodes") == 401
+    wrong = Control(admin(deployment), authority=deployment.authority, token=b"wrong")
+    with wrong, pytest.raises(ControlRefused, match="401"):
+        wrong.online()
+
+
+def test_a_run_is_not_handed_to_who_lacks_the_secret(deployment):
+    request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+    for secret in (None, b"guess"):
+        with runtime_client(deployment, secret) as client, pytest.raises(Exception, match=r"401|403"):
+            client.AcquireTask(request)
+
+
+def test_nodes_come_back_when_the_superlink_was_killed(deployment, grid, enrolled, nodes):
+    with online(deployment, enrolled) as started:
+        before = [len(node.phases) for node in started]
+        deployment.restart_superlink()
+        replies = {}
+        deadline = time.monotonic() + PATIENCE
+        while len(replies) < len(nodes) and time.monotonic() < deadline:
+            replies = GridCohort(grid, nodes).ask(dict.fromkeys(nodes, b"?"), deadline_seconds=5.0)
+        assert replies == {site: b"?" + site.encode() for site in nodes}
+        assert all(len(node.phases) >= count for node, count in zip(started, before, strict=True))
+
+
+def test_a_coordinators_bundle_was_neither_fetched_nor_run(deployment, grid, mark):
+    assert grid.run.run_id
+    assert not mark.exists()
+    assert "GetFab" not in (deployment.run_directory / "logs" / "superlink.log").read_text()
+
+
+def test_a_node_stops_promptly_while_its_superlink_is_away(deployment, enrolled):
+    link = {"authority": deployment.authority}
+    away = type("Away", (), {"address": "127.0.0.1:9", **link})()
+    node = Node(away, enrolled["alpha"], bytes)
+    node.wait_for(LinkPhase.UNREACHABLE)
+    node.end()
+
+
+def test_a_run_that_cannot_start_ends_with_its_reason(tmp_path):
+    with Deployment(tmp_path) as deployment:
+        run_id = deployment.submit()
+        with pytest.raises(DeploymentFailed, match="enrol the sites first"):
+            deployment.follow(run_id)
+        keeper = deployment._keeper.pid
+    assert not others_alive(keeper)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from server.deployment import Deployment
+with Deployment(Path(sys.argv[1])) as deployment:
+    deployment.start_site("idle", [sys.executable, "-c", "import time; time.sleep(600)"])
+    sys.stdout.write(f"{deployment._keeper.pid}\\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+"""
+
+
+def test_no_process_is_left_when_the_parent_is_killed(tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with parent:
+        keeper = int(parent.stdout.readline())
+        assert others_alive(keeper)
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + PATIENCE
+    while (others_alive(keeper) or alive(keeper)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not others_alive(keeper)
+    assert not alive(keeper)
+
+
+def alive(process_id):
+    """Whether the process runs; a zombie that nobody has reaped yet does not."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,117 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clients.wire import unwrap, wrap
+from fedgrade.errors import RoundFailed
+from server.grid_cohort import GridCohort
+
+_spec = importlib.util.spec_from_file_location("memory_grid", Path(__file__).with_name("memory_grid.py"))
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+MemoryGrid = _module.MemoryGrid
+
+
+def echo(message):
+    return [(0, Message(wrap(unwrap(message.content) + b"!"), reply_to=message))]
+
+
+def slow(message):
+    return [(3, reply) for _, reply in echo(message)]
+
+
+def silent(_message):
+    return []
+
+
+def failing(message):
+    return [(0, Message(Error(2, "out of memory"), reply_to=message))]
+
+
+def sending(content):
+    return lambda message: [(0, Message(content, reply_to=message))]
+
+
+def ask(nodes, requests, *, deadline_seconds=0.2, **settings):
+    grid = MemoryGrid(dict(enumerate(nodes.values(), start=100)))
+    cohort = GridCohort(grid, {site: 100 + index for index, site in enumerate(nodes)}, 0.005, **settings)
+    return cohort.ask(requests, deadline_seconds=deadline_seconds)
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), st.binary(max_size=200)))
+def test_every_site_that_is_asked_gets_its_own_bytes_and_answers(requests):
+    replies = ask(dict.fromkeys("abcd", echo), requests, deadline_seconds=30)
+    assert replies == {site: request + b"!" for site, request in requests.items()}
+
+
+def test_replies_may_come_one_after_another():
+    assert ask({"a": slow, "b": echo}, {"a": b"1", "b": b"2"}, deadline_seconds=30) == {"a": b"1!", "b": b"2!"}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        silent,
+        failing,
+        sending(RecordDict()),
+        sending(RecordDict({"fedgrade": ConfigRecord({"envelope": "text"})})),
+        sending(RecordDict({"fedgrade": ConfigRecord({"envelope": b"", "more": 1})})),
+        sending(RecordDict({"fedgrade": MetricRecord({"envelope": 1})})),
+        sending(RecordDict({"fedgrade": ConfigRecord({"envelope": b""}), "more": ConfigRecord()})),
+        sending(wrap(b"x" * 11)),
+    ],
+)
+def test_a_site_that_does_not_answer_well_is_absent_and_the_others_are_not(bad, caplog):
+    assert ask({"a": echo, "b": bad, "c": slow}, dict.fromkeys("abc", b"1"), max_reply_bytes=10) == {
+        "a": b"1!",
+        "c": b"1!",
+    }
+    assert "site b" in caplog.text
+
+
+def test_a_site_without_a_node_is_absent(caplog):
+    assert ask({"a": echo}, {"a": b"1", "stranger": b"1"}) == {"a": b"1!"}
+    assert "stranger" in caplog.text
+
+
+def test_a_node_that_flower_does_not_know_is_absent(caplog):
+    cohort = GridCohort(MemoryGrid({100: echo}), {"a": 100, "b": 999}, 0.005)
+    assert cohort.ask({"a": b"1", "b": b"1"}, deadline_seconds=30) == {"a": b"1!"}
+    assert "did not take the message for node 999" in caplog.text
+
+
+def test_a_late_reply_is_not_read_as_the_next_rounds():
+    def second_time(message):
+        replies = [] if not seen else echo(message)
+        seen.append(message)
+        return replies
+
+    seen = []
+    grid = MemoryGrid({100: second_time})
+    cohort = GridCohort(grid, {"a": 100}, 0.005)
+    assert cohort.ask({"a": b"first"}, deadline_seconds=0.05) == {}
+    grid.waiting[seen[0].metadata.message_id] = echo(seen[0])
+    assert cohort.ask({"a": b"second"}, deadline_seconds=30) == {"a": b"second!"}
+
+
+def test_a_reply_to_another_request_is_ignored():
+    def crossed(message):
+        stranger = Message(message.content, 100, "query.fedgrade")
+        stranger.metadata.__dict__["_message_id"] = "another"
+        return [(0, Message(wrap(b"x"), reply_to=stranger)), *echo(message)]
+
+    assert ask({"a": crossed}, {"a": b"1"}, deadline_seconds=30) == {"a": b"1!"}
+
+
+def test_nobody_asked_is_nobody_absent():
+    assert ask({"a": echo}, {}) == {}
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_deadline_that_is_over_is_refused(seconds):
+    with pytest.raises(RoundFailed, match="above 0"):
+        ask({"a": echo}, {"a": b""}, deadline_seconds=seconds)
