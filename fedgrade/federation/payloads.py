@@ -1,5 +1,6 @@
 """The arrays that travel behind messages: heads out to sites, releases back. Both sides read them through this file."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,18 @@ import numpy.typing as npt
 from fedgrade.errors import ModelRefused
 from fedgrade.job import TrainingJob
 from fedgrade.model.weights import read_weights, write_weights
+from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import PoissonGaussian, Purpose
 
 FloatArray = npt.NDArray[np.float64]
 
 # Weights of a converged head are far smaller; larger ones would be an attack on the arithmetic, not a model.
 MAX_WEIGHT = 1e6
+# What a site declares is rounded, never four times too small; noise passes fifty deviations in no lifetime.
+_DECLARED_SLACK = 4
+_DEVIATIONS = 50
+# Every sum of releases stays clear of what 64 bits hold, whoever lies.
+_SUM_LIMIT = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +51,36 @@ def write_head(head: Head) -> bytes:
     return write_weights({"thresholds": head.thresholds, "centre": head.centre}, metadata={})
 
 
-def read_release(raw: bytes, job: TrainingJob, purpose: Purpose) -> npt.NDArray[Any]:
-    """What a site released: integers [parameters] on the grid, or a floating-point update for DP-SGD.
+def read_release(raw: bytes, job: TrainingJob, purpose: Purpose, *, site: SiteId) -> npt.NDArray[Any]:
+    """What ``site`` released: integers [parameters] on the grid, or a floating-point update for DP-SGD.
+
+    Guarantee: no honest site is refused; what a dishonest one can do to a sum is bounded, and sums never overflow.
 
     Raises:
-        ModelRefused: other names, shapes or types.
+        ModelRefused: other names, shapes or types, or a number that no honest site sends.
     """
     name, kind = ("release", "int64")
     if isinstance(job.plan.mechanism(purpose), PoissonGaussian):
         name, kind = ("update", "float64")
-    return read_weights(raw, expected={name: ((release_size(job, purpose),), kind)})[name]
+    release = read_weights(raw, expected={name: ((release_size(job, purpose),), kind)})[name]
+    limit = largest_release(job, purpose, site=site)
+    # Both ends are looked at as they are: the absolute value of the least int64 is negative.
+    if int(release.max()) > limit or int(release.min()) < -limit:
+        raise ModelRefused(f"{name} of {site}: a number exceeds {limit:g} in size; no honest site sends that")
+    return release
+
+
+def largest_release(job: TrainingJob, purpose: Purpose, *, site: SiteId) -> int:
+    """The size that no number in an honest release of ``site`` exceeds."""
+    mechanism = job.plan.mechanism(purpose)
+    if isinstance(mechanism, PoissonGaussian):
+        return int(MAX_WEIGHT)
+    items = _DECLARED_SLACK * job.declared_items[site]
+    if purpose == "evaluate":
+        # Sites declare their training items; the held-out ones are so many times more.
+        items = math.ceil(items * max(1.0, job.spec.data.test_fraction / (1 - job.spec.data.test_fraction)))
+    limit = items * mechanism.sensitivity + _DEVIATIONS * mechanism.scale
+    return min(limit, _SUM_LIMIT // len(job.declared_items))
 
 
 def release_size(job: TrainingJob, purpose: Purpose) -> int:
