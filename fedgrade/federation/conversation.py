@@ -6,7 +6,7 @@ silence and is logged.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,8 +86,13 @@ class Conversation:
         self._active = tuple(site for site in self._active if site in admitted)
         self._require_enough(len(admitted), what="admission")
 
-    def gather(self, purpose: Purpose, round_index: int, tensors: bytes) -> Gathered:
-        """Releases for one stage from the sites that take part.
+    @property
+    def active(self) -> tuple[SiteId, ...]:
+        """Who was admitted and has not refused since."""
+        return self._active
+
+    def gather(self, purpose: Purpose, round_index: int, tensors: bytes, *, sites: Collection[SiteId]) -> Gathered:
+        """Releases for one stage from those of ``sites`` that take part.
 
         Raises:
             RoundFailed: fewer than ``aggregation.minimum_sites`` answered with something that verifies.
@@ -102,16 +107,16 @@ class Conversation:
                     tensors=tensors,
                 )
                 for site in self._active
-                if site not in gathered.releases
+                if site in sites and site not in gathered.releases
             }
+            if not asked:
+                break
             for site, reply in self._exchange(asked).items():
                 body = reply.document.body
                 if isinstance(body, Refusal) and body.code == "spent":
                     attempts[site] += 1
                 elif isinstance(body, Contribution):
                     self._accept(gathered, site, reply, body, attempts[site])
-            if len(gathered.releases) == len(self._active):
-                break
         self._require_enough(len(gathered.releases), what=f"{purpose} round {round_index}")
         return gathered
 
@@ -148,7 +153,7 @@ class Conversation:
                 raise MessageRefused("the receipt is for another place in the job")
             if entry.message_digest != digest(reply.tensors) or body.attempt != attempt:
                 raise MessageRefused("the receipt is for another release")
-            release = read_release(reply.tensors, self._job, body.purpose)
+            release = read_release(reply.tensors, self._job, body.purpose, site=site)
         except FedgradeError as error:
             logger.warning("site %s: contribution discarded: %s", site, error)
             return

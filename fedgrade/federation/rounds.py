@@ -88,17 +88,19 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     state = store.load(job) or _start(job)
     stages = stages_of(job)
     for index in range(state.next_stage, len(stages)):
-        head = _head(state, stages[index])
-        gathered = conversation.gather(stages[index].purpose, stages[index].round_index, write_head(head))
-        state = _advance(job, state, stages[index], gathered)
+        stage, head = stages[index], _head(state, stages[index])
+        # A crash between ledger and checkpoint leaves a stage that is closed already: only its own sites are asked.
+        sites = log.answered(job, stage) or conversation.active
+        gathered = conversation.gather(stage.purpose, stage.round_index, write_head(head), sites=sites)
+        state = _advance(job, state, stage, gathered)
         store.keep_receipts(index, gathered.receipts)
-        log.close_round(job, stages[index], gathered, before=head, after=_current_head(state), now=coordinator.clock())
+        log.close_round(job, stage, gathered, before=head, after=_current_head(state), now=coordinator.clock())
         store.save(state, job)
         coordinator.report(
             Progress(
                 stage=index + 1,
                 stages=len(stages),
-                purpose=stages[index].purpose,
+                purpose=stage.purpose,
                 answered=len(gathered.releases),
                 participants=len(job.participants),
             )
@@ -121,6 +123,11 @@ class RoundLog:
         log._writer = writer_of(log._observe)
         log._writer.start(owner=SiteId("coordinator"), role="coordinator", now=now)
         return log
+
+    def answered(self, job: TrainingJob, stage: Stage) -> tuple[SiteId, ...]:
+        """Whose receipts closed this stage; nobody's if it is still open."""
+        standing = self._closed.get((job.digest, stage.purpose, stage.round_index))
+        return tuple(standing.receipts) if standing else ()
 
     def close_round(
         self, job: TrainingJob, stage: Stage, gathered: Gathered, *, before: Head, after: Head, now: datetime

@@ -93,7 +93,10 @@ class RunStore:
         checkpoint = decode(_Checkpoint, latest.read_bytes(), what=f"checkpoint {latest}")
         if checkpoint.job != job.digest:
             raise DocumentRefused(f"checkpoint {latest}: belongs to job {checkpoint.job[:16]}; give this job its own")
-        raw = (self._checkpoints / f"{checkpoint.tensors}.safetensors").read_bytes()
+        try:
+            raw = (self._checkpoints / f"{checkpoint.tensors}.safetensors").read_bytes()
+        except OSError as error:
+            raise ModelRefused(f"checkpoint {latest}: its arrays cannot be read ({error.strerror})") from error
         if digest(raw) != checkpoint.tensors:
             raise ModelRefused(f"checkpoint {latest}: its arrays have changed on disk")
         shape = job.head_shape()
