@@ -30,6 +30,23 @@ from fedgrade.trust.records import (
 Clock = Callable[[], datetime]
 
 
+def require_same_terms(dataset: DatasetOpened, *, standing: DatasetOpened) -> None:
+    """Return if ``dataset`` may follow ``standing``, the entry on record for the same lineage and cohort.
+
+    The partner may move its own ceiling, on the record; what the photos are and how they add up may not move.
+
+    Raises:
+        LedgerBroken: names the first term that did.
+    """
+    same_terms = replace(dataset, epsilon_limit=standing.epsilon_limit, delta=standing.delta)
+    changed = [name for name in vars(standing) if getattr(same_terms, name) != getattr(standing, name)]
+    if changed:
+        raise LedgerBroken(
+            f"data {dataset.lineage}/{dataset.cohort}: {changed[0]} differs from what the ledger has on record; a "
+            "changed data set is a new ingestion cohort, under a new name"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ask:
     """One request for a release: its place in a job. Ordered as a job goes."""
@@ -81,14 +98,7 @@ class Charging:
         if standing == dataset:
             return
         if standing is not None:
-            # The partner may move its own ceiling, on the record; what the photos are and how they add up may not move.
-            same_terms = replace(dataset, epsilon_limit=standing.epsilon_limit, delta=standing.delta)
-            changed = [name for name in vars(standing) if getattr(same_terms, name) != getattr(standing, name)]
-            if changed:
-                raise LedgerBroken(
-                    f"data {dataset.lineage}/{dataset.cohort}: {changed[0]} differs from what the ledger has on "
-                    "record; a changed data set is a new ingestion cohort, under a new name"
-                )
+            require_same_terms(dataset, standing=standing)
         self._append(dataset)
 
     def accept(self, job: TrainingJob, *, envelope: str) -> None:
@@ -119,6 +129,10 @@ class Charging:
     def spending(self, account: AccountKey) -> Spending:
         """What ``account`` has been charged so far."""
         return self._spending.get(account, Spending())
+
+    def has_begun(self, job: str) -> bool:
+        """Whether anything was charged for ``job``."""
+        return job in self._latest
 
     def require_fresh(self, ask: Ask, *, maximum_attempts: int) -> None:
         """Return if ``ask`` comes after everything this job has asked for.

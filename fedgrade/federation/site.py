@@ -43,7 +43,7 @@ from fedgrade.federation.messages import (
 )
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.payloads import read_head
-from fedgrade.federation.policy import Policy, admit
+from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
 from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.job import TrainingJob
 from fedgrade.model.spec import ModelSpec
@@ -103,13 +103,21 @@ class Site:
     """One partner's side of every job. Its only door to the outside is :meth:`answer`."""
 
     def __init__(
-        self, *, identity: SiteIdentity, data: SiteData, policy: Policy, charging: Charging, outbox: Outbox
+        self,
+        *,
+        identity: SiteIdentity,
+        data: SiteData,
+        policy: Policy,
+        charging: Charging,
+        outbox: Outbox,
+        summation: Summation = Summation.PLAIN,
     ) -> None:
         self._identity = identity
         self._data = data
         self._policy = policy
         self._charging = charging
         self._outbox = outbox
+        self._summation = summation
         self._jobs: dict[str, _OpenJob] = {}
         self._one_at_a_time = threading.Lock()
 
@@ -193,6 +201,7 @@ class Site:
         coordinator = self._identity.roster.coordinator
         job = open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
         admit(job, policy=self._policy, site=self._identity.site, declared_items=self._data.declared_items)
+        require_hidden_uploads(job, self._summation)
         ceiling = job.spec.data.synthetic_ceiling
         manifest = read_manifest(self._data.manifest, job.spec.grading, synthetic_ceiling=ceiling)
         return _OpenJob(job=job, manifest=manifest, dataset=self._dataset(manifest))
@@ -200,8 +209,10 @@ class Site:
     def _opened(self, job_digest: str) -> "_OpenJob":
         if job_digest not in self._jobs:
             # After a restart: the ledger remembers what was admitted, and policy is asked once more.
-            envelope = self._charging.job_envelope(job_digest)
-            self._jobs[job_digest] = self._read_job(envelope)
+            opened = self._read_job(self._charging.job_envelope(job_digest))
+            # The partner may have moved its ceiling meanwhile; charges must stand under the one on record.
+            self._charging.open_dataset(opened.dataset)
+            self._jobs[job_digest] = opened
         return self._jobs[job_digest]
 
     def _dataset(self, manifest: Manifest) -> DatasetOpened:
@@ -225,6 +236,10 @@ class Site:
     def _require_affordable(self, opened: "_OpenJob") -> None:
         """Refuse a job that could not be finished within the lifetime budget, before anything is spent on it."""
         plan, job = opened.job.plan, opened.job.digest
+        if self._charging.has_begun(job):
+            # Shown again by a coordinator that resumes: part of the plan is in the spending already, and what is left
+            # meets the ceiling at each reservation.
+            return
         train = self._charging.account(opened.dataset, partition="train")
         test = self._charging.account(opened.dataset, partition="test")
         for account, after in (

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedgrade.errors import FedgradeError, LedgerBroken
+from fedgrade.federation.charging import require_same_terms
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.budget import Ceiling, Spending, require_within
 from fedgrade.trust.canonical import digest
@@ -106,6 +107,8 @@ class _Reading:
             case Genesis():
                 self._genesis(body)
             case DatasetOpened():
+                if standing := self.datasets.get((body.lineage, body.cohort)):
+                    require_same_terms(body, standing=standing)
                 self.datasets[body.lineage, body.cohort] = body
             case PlanAccepted():
                 self._plan(body)
