@@ -63,6 +63,9 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
     if not sites:
         raise DocumentRefused(f"{folder}: no sites/<site>/ledger.jsonl here; give the folder of a federation")
     rounds, published, entries = _coordinator_log(folder / "coordinator" / "ledger.jsonl", trusted)
+    for job_digest in published:
+        if job_digest not in rounds:
+            raise LedgerBroken(f"job {job_digest[:16]}: the coordinator's ledger says it was released, but not trained")
     jobs = {
         job_digest: _prove_job(folder, job_digest, closed, published, sites=sites, roster=trusted)
         for job_digest, closed in rounds.items()
@@ -108,7 +111,13 @@ def _prove_job(
         _check_receipts(where / "receipts", stage, body, sites=sites, roster=roster)
     _check_weight_chain(closed, where=f"job {job_digest[:16]}")
     release = None
-    if published.get(job_digest):
+    if not published.get(job_digest):
+        if (where / "release").exists():
+            raise LedgerBroken(
+                f"release {where / 'release'}: the coordinator's ledger does not say that it was published; if its run "
+                "was interrupted, let it finish"
+            )
+    else:
         release = open_release(where / "release", signed_by=roster.coordinator)
         if release.digest not in published[job_digest] or release.release.job.digest != job_digest:
             raise LedgerBroken(f"release {where}: is not the one that the coordinator's ledger says it published")
@@ -131,7 +140,8 @@ def _check_receipts(
         path = folder / site / f"{stage:05d}.json"
         where = f"receipt {path}"
         try:
-            line = path.open("rb").read(MAX_RECEIPT_BYTES)
+            with path.open("rb") as file:
+                line = file.read(MAX_RECEIPT_BYTES)
         except OSError as error:
             raise LedgerBroken(f"{where}: cannot be read ({error.strerror})") from error
         if digest(line) != expected:
@@ -226,6 +236,7 @@ def _shared_rho(site: SiteId, charges: list[Charge], closed: list[RoundClosed], 
         mechanism = charge.reserve.mechanism
         if not isinstance(mechanism, DiscreteGaussian):
             raise LedgerBroken(f"site {site}: a Poisson mechanism in a full-batch job")
-        shares = answered.get((charge.reserve.purpose, charge.reserve.round_index), 1)
+        # One attempt of a round went into the sum; taken out here, so that any other finds no company.
+        shares = answered.pop((charge.reserve.purpose, charge.reserve.round_index), 1)
         total += mechanism.rho / max(1, shares - removed)
     return total
