@@ -80,7 +80,7 @@ def keys_show(path: Path) -> None:
 def verify(folder: Path, roster: Path | None) -> None:
     """Check every ledger, receipt and release in FOLDER offline, and recompute what privacy was spent."""
     proof = verify_federation(folder, roster=_roster(roster))
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(_spending_table(proof))
     for job in proof.jobs.values():
         release = f"release {job.release.digest[:16]}" if job.release else "not released"

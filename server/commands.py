@@ -51,7 +51,7 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     Each demo is a new federation with new keys and new ledgers; features are cached between demos. OVERRIDES are
     Hydra's, as for `fedgrade run`.
     """
-    console = Console()
+    console = Console(soft_wrap=True)
     spec = compose_job(["experiment=demo", *overrides])
     console.print(f"Real data: ELPV solar cells, {elpv.LICENCE}.\n{elpv.CITATION}", style="dim", highlight=False)
     root = folder / f"demo-{datetime.now(UTC):%Y%m%dT%H%M%S}"
@@ -79,7 +79,7 @@ def run(folder: Path, engine: Engine, overrides: tuple[str, ...], *, resume: boo
     if groups:
         click.echo(describe())
         return
-    console, federation = Console(), LocalFederation(root=folder)
+    console, federation = Console(soft_wrap=True), LocalFederation(root=folder)
     if resume:
         job = federation.coordinator.read_job()
     else:
@@ -99,7 +99,7 @@ def serve(folder: Path) -> None:
     """Run the SuperLink of the federation in FOLDER until interrupted: partners' nodes may connect and wait."""
     from server.deployment import Deployment  # noqa: PLC0415 - Flower takes a second to import
 
-    federation, console = LocalFederation(root=folder), Console()
+    federation, console = LocalFederation(root=folder), Console(soft_wrap=True)
     with Deployment(folder) as deployment:
         for site in federation.sites():
             deployment.enrol(site, federation.node_key(site))

@@ -69,11 +69,11 @@ def _on_its_own(path: Path) -> Photo:
     return Photo(
         path=path.resolve().name,
         digest=found,
-        item=path.name,
-        source=path.name,
-        grade="",
+        item=found,
+        source=found,
+        grade="not yet known",
         split=Split.TEST,
         provenance=Provenance.REAL,
-        licence="",
-        origin="",
+        licence="the owner's",
+        origin="the command line",
     )
