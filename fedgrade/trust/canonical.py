@@ -8,6 +8,7 @@ the one canonical form, so that equal values have equal digests. No class name, 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -68,9 +69,15 @@ def encode(value: object) -> bytes:
     """The canonical JSON of a frozen dataclass: sorted keys, no spaces, bytes in base64, fractions as ``"a/b"``.
 
     Guarantee: ``decode(type(value), encode(value)) == value``.
+
+    Raises:
+        DocumentRefused: a text holds half a surrogate pair, as file names that are not UTF-8 do; JSON cannot carry it.
     """
     (plain,) = _adapter(cast("Any", type(value))).dump_python((value,), mode="json")
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    try:
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DocumentRefused(f"{type(value).__name__}: {error.object[error.start]!a} is not text") from error
 
 
 def digest(raw: bytes) -> str:
@@ -93,15 +100,16 @@ def _check_shape(raw: bytes, *, name: str, limit: int) -> None:
         raise DocumentRefused(f"{name}: not strict JSON: {_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise DocumentRefused(f"{name}: a JSON object is expected, found {type(tree).__name__}")
-    if _depth(tree) > MAX_DEPTH:
-        raise DocumentRefused(f"{name}: nested deeper than {MAX_DEPTH}")
+    _check_depth(tree, name=name)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} appears twice")
+    keys: dict[str, Any] = {}
+    # One pass: these bytes may come from anyone, and counting each key anew would take hours on a few megabytes.
+    for key, branch in pairs:
+        if key in keys:
+            raise ValueError(f"key {key!r} appears twice")
+        keys[key] = branch
     return keys
 
 
@@ -109,12 +117,20 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number here")
 
 
-def _depth(tree: Any) -> int:
-    if isinstance(tree, dict):
-        return 1 + max((_depth(branch) for branch in tree.values()), default=0)
-    if isinstance(tree, list):
-        return 1 + max((_depth(branch) for branch in tree), default=0)
-    return 0
+def _check_depth(tree: Any, *, name: str) -> None:
+    level = [tree]
+    # Level by level, not by recursion: the document must not choose how deep our own stack grows.
+    for _ in range(MAX_DEPTH + 1):
+        level = [branch for node in level for branch in _branches(node)]
+        if not level:
+            return
+    raise DocumentRefused(f"{name}: nested deeper than {MAX_DEPTH}")
+
+
+def _branches(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
 
 
 def _first_fault(error: ValidationError) -> str:
@@ -132,27 +148,41 @@ def _one_line(text: object) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML as JSON could have said it: no aliases (bombs), no duplicate keys, no dates, text keys only."""
+    """YAML as JSON could have said it: no tags, anchors or aliases (bombs), no duplicate keys, text keys only.
+
+    Unquoted words mean what JSON means: ``true`` is a truth, ``no`` a word; ``10`` a number, ``010`` and ``1:30`` text.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+        event: Any = cast("Any", self).peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
+        if event.anchor is not None:
+            raise yaml.YAMLError(f"anchor &{event.anchor} is not allowed")
+        if event.tag is not None:
+            raise yaml.YAMLError(f"tag {event.tag!r} is not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - PyYAML's signature
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
+        seen: set[str] = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
             if not isinstance(key, str):
                 raise yaml.YAMLError(f"key {key!r} must be text")
-            if keys.count(key) > 1:
+            if key in seen:
                 raise yaml.YAMLError(f"key {key!r} appears twice")
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
-_PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# YAML 1.1 reads 1e-5 as text for want of a dot; people write it as a number, and so does JSON.
-_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+# YAML 1.1 would read 010 as 8, 1:30 as 90, no as false, 2026-01-01 as a date, and 1e-5 as text for want of a dot. Here
+# plain words are JSON's numbers (a leading + or dot forgiven), true, false and null; everything else is text.
+_PLAIN_WORDS: tuple[tuple[str, str, str], ...] = (
+    ("bool", r"^(?:true|false)$", "tf"),
+    ("null", r"^(?:null|~|)$", "n~"),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", r"^[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+)
+_PlainLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _PLAIN_WORDS:
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), [*_first])
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^$"), [""])

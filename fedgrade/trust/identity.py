@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NewType
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -85,7 +85,7 @@ class SigningKey:
         """Write the key to a new file that only its owner can read (PKCS #8 PEM).
 
         Raises:
-            DocumentRefused: the file exists; a key is never overwritten.
+            DocumentRefused: the file exists (a key is never overwritten) or cannot be written; no half a key is left.
         """
         pem = self._private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -94,10 +94,16 @@ class SigningKey:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError as error:
             raise DocumentRefused(f"key {path}: exists already; a key is never overwritten") from error
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
+        except OSError as error:
+            raise DocumentRefused(f"key {path}: cannot be written ({error.strerror})") from error
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(pem)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            path.unlink()
+            raise DocumentRefused(f"key {path}: cannot be written ({error.strerror})") from error
 
     @classmethod
     def load(cls, path: Path) -> "SigningKey":
@@ -112,7 +118,8 @@ class SigningKey:
             private = serialization.load_pem_private_key(path.read_bytes(), password=None)
         except OSError as error:
             raise DocumentRefused(f"key {path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            # A TypeError is how cryptography says that the file wants a passphrase.
             raise DocumentRefused(f"key {path}: not an unencrypted PEM private key") from error
         if not isinstance(private, Ed25519PrivateKey):
             raise DocumentRefused(f"key {path}: an Ed25519 key is needed, found {type(private).__name__}")

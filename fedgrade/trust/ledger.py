@@ -6,7 +6,9 @@ it returns. This room knows what entries say (:mod:`fedgrade.trust.records`), no
 """
 
 import fcntl
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from fedgrade.trust.records import Body, Genesis
 
 MAX_ENTRY_BYTES = 2**18
 GENESIS_PREVIOUS = "0" * 64
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,15 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """Where a ledger stands: how many entries, and the digest of the last line."""
+    """Where a ledger stands: how many entries, the digest of the last line, and when it was written."""
 
-    entries: int
-    digest: str
+    entries: int = 0
+    digest: str = GENESIS_PREVIOUS
+    time: str = ""
+
+    def after(self, entry: Entry, line: bytes) -> "Head":
+        """Where it stands once ``entry`` is appended as ``line``, given without its newline."""
+        return Head(entries=self.entries + 1, digest=digest(line), time=entry.time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,8 @@ def read_ledger(path: Path, *, key: PublicKey) -> Iterator[Entry]:
     """Every entry of the ledger at ``path``, each verified before it is handed over; memory does not grow.
 
     Raises:
-        LedgerBroken: names the first entry that is altered, missing, reordered, torn or signed by another key.
+        LedgerBroken: names the first entry that is altered, missing, reordered, torn, dated before the one it follows,
+            or signed by another key.
     """
     for _, entry in read_lines(path, key=key):
         yield entry
@@ -63,11 +72,12 @@ def read_ledger(path: Path, *, key: PublicKey) -> Iterator[Entry]:
 def read_lines(path: Path, *, key: PublicKey) -> Iterator[tuple[bytes, Entry]]:
     """Like :func:`read_ledger`, each entry with the line that carries it, which is what a receipt repeats."""
     with _opened(path) as file:
-        previous = GENESIS_PREVIOUS
-        for sequence, line in enumerate(iter(lambda: file.readline(MAX_ENTRY_BYTES), b"")):
-            entry = _verified(line, sequence=sequence, previous=previous, key=key, path=path)
-            previous = digest(line.removesuffix(b"\n"))
-            yield line.removesuffix(b"\n"), entry
+        head = Head()
+        for line in iter(lambda: file.readline(MAX_ENTRY_BYTES), b""):
+            entry = _verified(line, follows=head, key=key, path=path)
+            raw = line.removesuffix(b"\n")
+            head = head.after(entry, raw)
+            yield raw, entry
 
 
 def open_receipt(line: bytes, *, key: PublicKey) -> Entry:
@@ -99,7 +109,7 @@ class LedgerWriter:
         """The ledger at ``path``, locked and verified; each entry is shown to ``observe``. Creates an empty one.
 
         A torn last line (a power cut during a write) is kept if it is whole but for its newline, and otherwise set
-        aside in ``<path>.torn``: nothing had been released on the strength of it.
+        aside at the end of ``<path>.torn``: nothing had been released on the strength of it.
 
         Raises:
             LedgerUnavailable: another process holds the ledger, or the file cannot be opened.
@@ -107,6 +117,7 @@ class LedgerWriter:
         """
         descriptor = _locked(path)
         try:
+            _sync_directory(path.parent)
             head = _replayed(path, descriptor, key=key.public, observe=observe)
         except BaseException:
             os.close(descriptor)
@@ -117,7 +128,8 @@ class LedgerWriter:
         """Sign ``body`` as the next entry and bring it to disk before returning.
 
         Raises:
-            LedgerUnavailable: the disk refused (full, read-only); the ledger is unchanged.
+            LedgerUnavailable: the disk refused (full, read-only) or the clock stands before the last entry; the ledger
+                is unchanged.
         """
         entry = Entry(
             sequence=self.head.entries,
@@ -125,11 +137,16 @@ class LedgerWriter:
             time=now.astimezone(UTC).isoformat(timespec="microseconds"),
             body=body,
         )
+        if entry.time < self.head.time:
+            raise LedgerUnavailable(
+                f"ledger {self.path}: the clock says {entry.time}, before the last entry at {self.head.time}; nothing "
+                "was charged or released; set the clock right and ask again"
+            )
         line = seal(entry, self.key)
         if len(line) >= MAX_ENTRY_BYTES:
             raise LedgerUnavailable(f"ledger {self.path}: entry of {len(line)} bytes; the limit is {MAX_ENTRY_BYTES}")
         self._write(line + b"\n")
-        self.head = Head(entries=entry.sequence + 1, digest=digest(line))
+        self.head = self.head.after(entry, line)
         return Appended(sequence=entry.sequence, line=line)
 
     def start(self, *, owner: SiteId, role: Literal["site", "coordinator"], now: datetime) -> None:
@@ -154,9 +171,11 @@ class LedgerWriter:
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
             os.fsync(self._descriptor)
-        except OSError as error:
-            # Undo, so that the next append finds a whole ledger; truncating needs no free space.
+        except BaseException as error:
+            # Undo, whatever it was (Ctrl-C too), so that the next append finds a whole ledger; needs no free space.
             os.ftruncate(self._descriptor, length)
+            if not isinstance(error, OSError):
+                raise
             raise LedgerUnavailable(
                 f"ledger {self.path}: could not be written ({error.strerror}); nothing was charged or released; "
                 "free some space and ask again"
@@ -185,34 +204,66 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
+def _sync_directory(folder: Path) -> None:
+    """Bring the name of a new file to disk: syncing a file does not sync the folder that says it exists."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise LedgerUnavailable(f"ledger folder {folder}: cannot be brought to disk ({error.strerror})") from error
+
+
 def _replayed(path: Path, descriptor: int, *, key: PublicKey, observe: Callable[[Entry], None]) -> Head:
-    entries, last, whole = 0, GENESIS_PREVIOUS, 0
+    head, whole = Head(), 0
     with _opened(path) as file:
         for line in iter(lambda: file.readline(MAX_ENTRY_BYTES), b""):
             if not line.endswith(b"\n") and file.read(1) == b"":
                 line = _mended(path, descriptor, line, whole=whole)  # noqa: PLW2901 - the torn line's remains
                 if not line:
                     break
-            observe(_verified(line, sequence=entries, previous=last, key=key, path=path))
-            entries, last, whole = entries + 1, digest(line.removesuffix(b"\n")), whole + len(line)
-    return Head(entries=entries, digest=last)
+            entry = _verified(line, follows=head, key=key, path=path)
+            observe(entry)
+            head, whole = head.after(entry, line.removesuffix(b"\n")), whole + len(line)
+    return head
 
 
 def _mended(path: Path, descriptor: int, torn: bytes, *, whole: int) -> bytes:
-    """The last line with its newline if only that was lost; otherwise nothing, the fragment being set aside."""
-    if torn.endswith(b"}"):
+    """The last line with its newline if only that was lost; otherwise nothing, the fragment being set aside.
+
+    A power cut leaves a beginning of the line. A whole envelope followed by anything but a newline was altered, and its
+    charge must not be mended away: it goes back as it is, to be refused as broken.
+    """
+    end = _end_of_envelope(torn)
+    if end == len(torn):
         os.lseek(descriptor, 0, os.SEEK_END)
         os.write(descriptor, b"\n")
         os.fsync(descriptor)
         return torn + b"\n"
-    path.with_name(path.name + ".torn").write_bytes(torn)
+    if end:
+        return torn
+    with path.with_name(path.name + ".torn").open("ab") as aside:
+        aside.write(torn + b"\n")
+        aside.flush()
+        os.fsync(aside.fileno())
     os.ftruncate(descriptor, whole)
     os.fsync(descriptor)
     return b""
 
 
-def _verified(line: bytes, *, sequence: int, previous: str, key: PublicKey, path: Path) -> Entry:
-    where = f"ledger {path}: entry {sequence}"
+def _end_of_envelope(line: bytes) -> int:
+    """Where the JSON object at the start of ``line`` ends; 0 if it does not."""
+    try:
+        # Latin-1 maps every byte to one character, so that positions agree; an envelope is plain ASCII anyway.
+        return json.JSONDecoder().raw_decode(line.decode("latin-1"))[1]
+    except (ValueError, RecursionError):
+        return 0
+
+
+def _verified(line: bytes, *, follows: Head, key: PublicKey, path: Path) -> Entry:
+    where = f"ledger {path}: entry {follows.entries}"
     if not line.endswith(b"\n"):
         raise LedgerBroken(f"{where}: torn or longer than {MAX_ENTRY_BYTES} bytes")
     raw = line.removesuffix(b"\n")
@@ -220,9 +271,11 @@ def _verified(line: bytes, *, sequence: int, previous: str, key: PublicKey, path
         entry = open_sealed(raw, as_=Entry, signed_by=key, limit=MAX_ENTRY_BYTES)
     except FedgradeError as error:
         raise LedgerBroken(f"{where}: {error}") from error
-    if entry.sequence != sequence or entry.previous != previous:
+    if entry.sequence != follows.entries or entry.previous != follows.digest:
         raise LedgerBroken(f"{where}: does not follow the entry before it; one was removed, added or moved")
-    if isinstance(entry.body, Genesis) != (sequence == 0):
+    if not _TIME.fullmatch(entry.time) or entry.time < follows.time:
+        raise LedgerBroken(f"{where}: its time {entry.time[:40]!r} is no UTC time at or after the entry before it")
+    if isinstance(entry.body, Genesis) != (entry.sequence == 0):
         raise LedgerBroken(f"{where}: a ledger begins with its one genesis entry")
     if isinstance(entry.body, Genesis) and entry.body.key != key:
         raise LedgerBroken(f"{where}: names another key than the one that signs it")
