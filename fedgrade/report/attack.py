@@ -19,7 +19,8 @@ FloatArray = npt.NDArray[np.float64]
 FALSE_POSITIVE_RATE = 0.01
 
 # Any set of orders gives a valid bound; more only tighten it.
-_EXCESSES = np.geomspace(1e-3, 1e3, 41)  # alpha - 1
+_FINE = np.geomspace(1e-3, 1e3, 1001)  # alpha - 1
+_COARSE = np.geomspace(1e-2, 1e2, 41)  # alpha - 1, for the whole curve
 _GRID = np.linspace(0.0, 1.0, 1001)
 _HALVINGS = 40
 _LARGE_EPSILON = 500.0
@@ -73,25 +74,31 @@ def bound_from_zcdp_epsilon(epsilon: float, *, delta: Fraction) -> AttackBound:
 
 @cache
 def _bound_from_rho(rho: Fraction) -> AttackBound:
-    rates = true_positive_rates(np.append(_GRID, FALSE_POSITIVE_RATE), rho=float(rho))
+    (rate,) = true_positive_rates(np.array([FALSE_POSITIVE_RATE]), rho=float(rho), excesses=_FINE)
+    rates = true_positive_rates(_GRID, rho=float(rho), excesses=_COARSE)
     # Upper sum: the rate never falls along the grid, so each step is no lower than the curve beneath it.
-    area = float(rates[1 : len(_GRID)].mean())
-    return AttackBound(true_positive_rate=float(rates[-1]), area_under_curve=min(1.0, area))
+    area = float(rates[1:].mean())
+    return AttackBound(true_positive_rate=float(rate), area_under_curve=min(1.0, area))
 
 
-def true_positive_rates(false_positive_rates: FloatArray, *, rho: float) -> FloatArray:
-    """The highest true-positive rate [points] at each of ``false_positive_rates`` [points] under ``rho``-zCDP."""
+def true_positive_rates(false_positive_rates: FloatArray, *, rho: float, excesses: FloatArray = _FINE) -> FloatArray:
+    """The highest true-positive rate [points] at each of ``false_positive_rates`` [points] under ``rho``-zCDP.
+
+    ``excesses`` [orders] are the orders less one at which the divergence is bounded.
+    """
     low, high = false_positive_rates.copy(), np.ones_like(false_positive_rates)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        allowed = _within(middle, false_positive_rates, rho) & _within(false_positive_rates, middle, rho)
+        allowed = _within(middle, false_positive_rates, rho, excesses) & _within(
+            false_positive_rates, middle, rho, excesses
+        )
         low, high = np.where(allowed, middle, low), np.where(allowed, high, middle)
     return high
 
 
-def _within(first: FloatArray, second: FloatArray, rho: float) -> npt.NDArray[np.bool_]:
+def _within(first: FloatArray, second: FloatArray, rho: float, excesses: FloatArray) -> npt.NDArray[np.bool_]:
     """Whether coins of bias ``first`` and ``second`` are within divergence alpha rho at every order; [points]."""
-    excess = _EXCESSES[:, None]
+    excess = excesses[:, None]
     alpha = 1 + excess
     with np.errstate(divide="ignore", invalid="ignore"):
         heads = alpha * np.log(first) - excess * np.log(second)

@@ -106,7 +106,7 @@ def _draw_bars(bars: Sequence[BudgetBar], width: float) -> Figure:
     """Wide: names left of the bars. Narrow: names above them."""
     narrow = width < _WIDE
     left = min(2.6, 0.95 + _INCHES_A_LETTER * max(len(bar.label) for bar in bars))
-    row, left, right = (0.44, 0.05, 0.05) if narrow else (0.22, left, 0.95)
+    row, left, right = (0.44, 0.05, 0.05) if narrow else (0.2, left, 0.95)
     places = _bar_places(bars)
     figure, axes = _sheet(width, row * (places[-1] + 1) + 0.45, left=left, right=right, bottom=0.45, top=0.0)
     limit = max(bar.ceiling for bar in bars)

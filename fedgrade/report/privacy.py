@@ -3,6 +3,7 @@
 Same ledgers and same time of writing, same bytes. The page loads nothing and runs no script; its own policy forbids it.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,8 +132,11 @@ def write_report(folder: Path, *, roster: Roster | None, now: datetime) -> Path:
         path.parent.mkdir(exist_ok=True)
         write_durably(path, page.encode())
     except OSError as error:
-        path.with_name(path.name + ".part").unlink(missing_ok=True)
-        raise DocumentRefused(f"report {path}: cannot be written ({error.strerror}); free some space") from error
+        with suppress(OSError):
+            path.with_name(path.name + ".part").unlink()
+        raise DocumentRefused(
+            f"report {path}: cannot be written ({error.strerror}); make room for it and report again"
+        ) from error
     return path
 
 
