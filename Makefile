@@ -32,7 +32,7 @@ check: $(DEV)  ## Style, types and the order of imports
 	$(BIN)/lint-imports
 
 bench: $(DEV)  ## Measure, and write the figures into docs/benchmarks.md
-	PYTHONPATH=. $(BIN)/python benchmarks/run.py --write docs/benchmarks.md $(ARGS)
+	$(BIN)/python tests/benchmarks/run.py --write docs/benchmarks.md $(ARGS)
 
 soak: $(DEV)  ## The slow tests: minutes to hours
 	$(BIN)/python -m pytest -m slow $(ARGS)

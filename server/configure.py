@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -46,12 +47,9 @@ def compose_job(overrides: Sequence[str]) -> JobSpec:
     changed = [override for override in parsed if override.key_or_group not in options]
     for override in chosen:
         _require_option(override, options[override.key_or_group])
-    # Keys depend on the options chosen, so those are composed first.
-    tree = _compose(chosen)
-    known = tuple(key for key, _ in _leaf_values(tree))
     for override in changed:
-        _require_known(override, known)
-    return _decode(_compose([*chosen, *changed]) if changed else tree)
+        _require_known(override, _keys(tuple(_line(choice) for choice in chosen)))
+    return _decode(_compose([_line(override) for override in (*chosen, *changed)]))
 
 
 def groups() -> dict[str, tuple[str, ...]]:
@@ -127,11 +125,23 @@ def _require_known(override: Override, known: Sequence[str]) -> None:
     raise JobRefused(f"{key[:_SHOWN]}: unknown key in this job; {hint}")
 
 
-def _compose(overrides: Sequence[Override]) -> dict[str, Any]:
-    lines = [override.input_line or "" for override in overrides]
+@lru_cache(maxsize=64)
+def _keys(choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of a job with these options; other options bring other keys."""
+    return tuple(key for key, _ in _leaf_values(_compose(choices)))
+
+
+def _line(override: Override) -> str:
+    """The override as it was typed."""
+    return override.input_line or ""
+
+
+def _compose(lines: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="fedgrade"):
-            composed = OmegaConf.to_container(compose("job", overrides=lines), resolve=True, throw_on_missing=True)
+            composed = OmegaConf.to_container(
+                compose("job", overrides=list(lines)), resolve=True, throw_on_missing=True
+            )
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise JobRefused(f"job: cannot be composed: {_one_line(error)}") from error
     tree: dict[str, Any] = json.loads(json.dumps(composed))
