@@ -84,9 +84,8 @@ def metrics(counts: ConfusionCounts, scale: GradeScale) -> GradingMetrics:
             quadratic_weighted_kappa=0.0, accuracy=0.0, critical_miss_rate=0.0, mean_cost=0.0, items=0.0
         )
     critical = list(scale.critical_indices)
-    safe = [grade for grade in range(scale.grades) if grade not in critical]
     of_critical = float(table[critical].sum())
-    missed = float(table[np.ix_(critical, safe)].sum())
+    missed = sum(float(table[grade, better]) for grade in critical for better in range(grade) if better not in critical)
     return GradingMetrics(
         quadratic_weighted_kappa=quadratic_weighted_kappa(table),
         accuracy=float(np.trace(table)) / total,
@@ -98,8 +97,11 @@ def metrics(counts: ConfusionCounts, scale: GradeScale) -> GradingMetrics:
 
 def quadratic_weighted_kappa(table: FloatArray) -> float:
     """Cohen's (1968) weighted kappa of ``table`` [true, decided] with squared distances; 0 where it is undefined."""
+    total = float(table.sum())
+    if total == 0:
+        return 0.0
     grades = np.arange(len(table))
     weight = np.square(grades[:, None] - grades[None, :]).astype(np.float64)
-    expected = np.outer(table.sum(axis=1), table.sum(axis=0)) / table.sum()
+    expected = np.outer(table.sum(axis=1), table.sum(axis=0)) / total
     chance = float((weight * expected).sum())
     return 1.0 - float((weight * table).sum()) / chance if chance else 0.0

@@ -5,7 +5,6 @@ item's mean gradient. Two recipes: :func:`clipped_gradient_sum` for the full-bat
 added by the caller), and :func:`train_by_sgd` for ``local_sgd`` (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
 """
 
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from fedgrade.errors import ModelRefused
 from fedgrade.privacy.grid import grid_rows
+from fedgrade.privacy.noise import floating_gaussian, poisson_sample
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 FloatArray = npt.NDArray[np.float64]
@@ -94,22 +94,19 @@ def clipped_gradient_sum(
 def train_by_sgd(thresholds: FloatArray, batch: ItemBatch, recipe: SgdRecipe) -> FloatArray:
     """The change of ``thresholds`` [grades - 1, features] after the recipe's Poisson-sampled DP-SGD steps (Opacus).
 
-    Every item joins each step independently with the mechanism's sampling rate, drawn from a generator that the
-    operating system seeds and nobody else sees; an empty batch is a step like any other. The update's noise comes
-    from Opacus, in floating point: reports say so.
+    Every item joins each step independently with the mechanism's sampling rate; an empty batch is a step like any
+    other. Batches and noise are drawn from the operating system; the noise is in floating point: reports say so.
     """
-    generator = torch.Generator().manual_seed(secrets.randbits(63))
     module = _per_item_head(thresholds)
-    optimizer = DPOptimizer(
+    optimizer = _PrivateOptimizer(
         torch.optim.SGD(module.parameters(), lr=recipe.learning_rate),
         noise_multiplier=float(recipe.mechanism.noise_multiplier),
         max_grad_norm=recipe.max_grad_norm,
         expected_batch_size=max(1, round(recipe.declared_items * recipe.mechanism.sampling_rate)),
         loss_reduction="mean",
-        generator=generator,
     )
     for _ in range(recipe.mechanism.steps):
-        chosen = _poisson_sample(len(batch), float(recipe.mechanism.sampling_rate), generator)
+        chosen = poisson_sample(len(batch), rate=float(recipe.mechanism.sampling_rate))
         optimizer.zero_grad()
         _backward(module, batch.take(chosen))
         optimizer.step()
@@ -164,6 +161,12 @@ def _weight(module: GradSampleModule) -> Any:
     return parameter
 
 
-def _poisson_sample(items: int, rate: float, generator: torch.Generator) -> npt.NDArray[np.bool_]:
-    drawn = torch.rand(items, generator=generator, dtype=torch.float64) < rate
-    return np.asarray(drawn.numpy(), dtype=np.bool_)
+class _PrivateOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus publishes no types
+    """Opacus' clipping and scaling with the operating system's noise: Opacus' own has 32 bits of seed (torch's)."""
+
+    def add_noise(self) -> None:
+        """Leave the noisy sum of clipped gradients in each parameter's ``grad``."""
+        scale = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            noise = torch.from_numpy(floating_gaussian(parameter.numel(), scale=scale))
+            parameter.grad = parameter.summed_grad + noise.to(parameter.dtype).view_as(parameter)

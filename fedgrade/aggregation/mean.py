@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedgrade.errors import JobRefused, ModelRefused
 from fedgrade.privacy.grid import from_grid
+from fedgrade.privacy.plan import exact
 from fedgrade.trust.records import DiscreteGaussian
 
 FloatArray = npt.NDArray[np.float64]
@@ -104,7 +105,8 @@ def final_weights(state: ServerState) -> FloatArray:
 
 
 def _averaged(state: ServerState, spec: AggregationSpec, round_index: int, rounds: int) -> ServerState:
-    if round_index < rounds * (1 - spec.average_last):
+    # Exactly: in floating point, the last 0.7 of ten rounds would be six.
+    if round_index < rounds * (1 - exact(spec.average_last)):
         return state
     averaged = state.averaged + 1
     average = state.average + (state.weights - state.average) / averaged

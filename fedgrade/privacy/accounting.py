@@ -7,6 +7,7 @@ Adjacency: add or remove one item. Everything printed is rounded up.
 
 import math
 from collections.abc import Mapping
+from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from functools import cache
 
@@ -21,6 +22,9 @@ from fedgrade.trust.records import PoissonGaussian
 
 MIN_DELTA = Fraction(1, 10**9)
 _LARGE_RHO = 1000
+_HUGE_RHO = 2**64  # beyond this epsilon is called infinite; hostile ledgers may hold any fraction
+# Floating-point arithmetic may lose this part of a result; it is added back, so that no bound is understated.
+_ROUNDING = 2.0**-40
 _PLD_INTERVAL = 1e-4
 _GATE_SLACK = 1e-3
 # Whole orders converge everywhere; the fractional ones that dp-accounting adds by default do not, and log about it.
@@ -42,6 +46,8 @@ def zcdp_epsilon(rho: Fraction, *, delta: Fraction) -> float:
         raise PlanRefused(f"rho {rho} is negative; a mechanism cannot give privacy back")
     if rho == 0:
         return 0.0
+    if rho > _HUGE_RHO:
+        return math.inf
     cost, log_delta = float(rho), math.log(float(delta))
 
     def bound(log_excess: float) -> float:
@@ -50,11 +56,11 @@ def zcdp_epsilon(rho: Fraction, *, delta: Fraction) -> float:
         return alpha * cost - (math.log(alpha) + log_delta) / excess + math.log(excess / alpha)
 
     best = minimize_scalar(bound, bounds=(-12.0, 16.0), method="bounded", options={"xatol": 1e-10})
-    return max(0.0, math.nextafter(float(best.fun), math.inf))
+    return max(0.0, float(best.fun) + abs(float(best.fun)) * _ROUNDING)
 
 
 def zcdp_rho(epsilon: Fraction, *, delta: Fraction) -> Fraction:
-    """The largest rho, to 2^-40, whose :func:`zcdp_epsilon` at ``delta`` does not exceed ``epsilon``.
+    """The largest rho, to one part in 2^40, whose :func:`zcdp_epsilon` at ``delta`` does not exceed ``epsilon``.
 
     Raises:
         PlanRefused: ``epsilon`` is not positive or absurdly large.
@@ -62,7 +68,7 @@ def zcdp_rho(epsilon: Fraction, *, delta: Fraction) -> Fraction:
     low, high = Fraction(0), Fraction(_LARGE_RHO)
     if epsilon <= 0 or zcdp_epsilon(high, delta=delta) < epsilon:
         raise PlanRefused(f"epsilon {float(epsilon):g} must be above 0 and below {_LARGE_RHO}")
-    while high - low > Fraction(1, 2**40):
+    while high - low > high / 2**40:
         middle = (low + high) / 2
         low, high = (middle, high) if zcdp_epsilon(middle, delta=delta) <= epsilon else (low, middle)
     return low
@@ -125,7 +131,7 @@ def strongest_attack(epsilon: float, *, delta: Fraction, false_positive_rate: fl
     """The most true positives any membership attack can have at ``false_positive_rate`` under (epsilon, delta).
 
     Kairouz, Oh and Viswanath (2015), https://arxiv.org/abs/1311.0776: TPR <= exp(epsilon) FPR + delta, and
-    1 - FPR >= exp(-epsilon) (TPR - delta) from the other side.
+    1 - FPR <= exp(epsilon) (1 - TPR) + delta from the other side.
     """
     tail = float(delta)
     upper = math.exp(min(epsilon, 700.0)) * false_positive_rate + tail
@@ -135,7 +141,10 @@ def strongest_attack(epsilon: float, *, delta: Fraction, false_positive_rate: fl
 
 def printed(epsilon: float) -> str:
     """``epsilon`` with two decimals, rounded up: what reports and terminals show."""
-    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+    if not math.isfinite(epsilon):
+        return str(epsilon)
+    # In decimal, as the number is written: in binary 1.1 is a little above 1.1, and would be shown as 1.11.
+    return str(Decimal(repr(epsilon)).quantize(Decimal("0.01"), rounding=ROUND_CEILING))
 
 
 @cache

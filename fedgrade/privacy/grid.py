@@ -16,6 +16,7 @@ IntArray = npt.NDArray[np.int64]
 
 # Rounding toward zero cannot lengthen a row; this margin covers the floating-point division before it.
 _SHRINK = 1.0 - 2.0**-20
+_LARGEST_SQUARE = 2**63 - 1
 
 
 def clip_rows(rows: FloatArray, max_norm: float) -> FloatArray:
@@ -37,11 +38,22 @@ def grid_rows(rows: FloatArray, *, max_norm: float, mechanism: DiscreteGaussian)
     """``rows`` [items, parameters], clipped to ``max_norm`` and put on the mechanism's integer grid.
 
     Guarantee: every row's squared integer norm is at most ``sensitivity``²; a row that is not is dropped to zero.
+
+    Raises:
+        PlanRefused: squares on this grid do not fit 64 bits, so that norms could not be checked exactly.
     """
-    scale = mechanism.sensitivity / max_norm * _SHRINK
-    integers = np.trunc(clip_rows(rows, max_norm) * scale).astype(np.int64)
+    if mechanism.sensitivity**2 * max(1, rows.shape[1]) > _LARGEST_SQUARE:
+        raise PlanRefused(
+            f"grid: sensitivity {mechanism.sensitivity} with {rows.shape[1]} parameters; the square of one times the "
+            "other must stay below 2^63"
+        )
+    limit = mechanism.sensitivity
+    # Divided by the clip before anything else: the clip comes from the job, and limit / clip could be infinite.
+    integers = np.trunc(clip_rows(rows, max_norm) / max_norm * (limit * _SHRINK)).astype(np.int64)
+    # Entry by entry first: only then can no sum of squares wrap around and pass for small.
+    integers[((integers < -limit) | (integers > limit)).any(axis=1)] = 0
     squared = np.einsum("ij,ij->i", integers, integers)
-    integers[squared > mechanism.sensitivity**2] = 0
+    integers[squared > limit**2] = 0
     return np.asarray(integers, dtype=np.int64)
 
 

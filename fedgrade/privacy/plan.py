@@ -58,9 +58,10 @@ class DistributedSpec:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        if not self.target_epsilon <= self.floor_epsilon:
+        if not self.target_epsilon <= self.floor_epsilon < math.inf:
             raise JobRefused(
-                f"privacy.floor_epsilon: {self.floor_epsilon} must be at least target_epsilon ({self.target_epsilon})"
+                f"privacy.floor_epsilon: {self.floor_epsilon} must be at least target_epsilon ({self.target_epsilon}) "
+                "and finite"
             )
 
 
@@ -161,7 +162,8 @@ def calibrate(spec: PrivacySpec, *, participants: int) -> PrivacyPlan:
         raise PlanRefused(f"privacy: {participants} participants; federated training takes {MIN_PARTICIPANTS} or more")
     match spec:
         case LocalSpec():
-            return _full_batch_plan(spec, spec.target_epsilon, mode="local")
+            rho = zcdp_rho(exact(spec.target_epsilon), delta=exact(spec.delta))
+            return _full_batch_plan(spec, rho, mode="local")
         case DistributedSpec():
             return _distributed_plan(spec, participants=participants)
         case LocalSgdSpec():
@@ -192,10 +194,10 @@ def exact(number: float) -> Fraction:
 
 
 def _full_batch_plan(
-    spec: LocalSpec | DistributedSpec, site_epsilon: float, *, mode: Literal["local", "distributed"]
+    spec: LocalSpec | DistributedSpec, rho: Fraction, *, mode: Literal["local", "distributed"]
 ) -> PrivacyPlan:
+    """The plan by which each site's own noise costs at most ``rho`` for centring and all rounds together."""
     delta, share = exact(spec.delta), exact(spec.centre_share)
-    rho = zcdp_rho(exact(site_epsilon), delta=delta)
     return PrivacyPlan(
         mode=mode,
         target_epsilon=exact(spec.target_epsilon),
@@ -215,8 +217,7 @@ def _distributed_plan(spec: DistributedSpec, *, participants: int) -> PrivacyPla
     # The aggregate's rho is a site's own divided by the number of shares; a partner removes one of them.
     by_share = aggregate * (participants - 1)
     by_floor = zcdp_rho(exact(spec.floor_epsilon), delta=delta)
-    own = zcdp_epsilon(min(by_share, by_floor), delta=delta)
-    return _full_batch_plan(spec, own, mode="distributed")
+    return _full_batch_plan(spec, min(by_share, by_floor), mode="distributed")
 
 
 def _sgd_plan(spec: LocalSgdSpec) -> PrivacyPlan:
