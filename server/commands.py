@@ -3,35 +3,24 @@
 import logging
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from fedgrade.data import elpv
 from fedgrade.errors import FedgradeError
-from fedgrade.federation.rounds import Progress as StageProgress
 from fedgrade.federation.rounds import stages_of
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.job import JobSpec, TrainingJob, plan_job
 from fedgrade.privacy.accounting import printed
 from server.configure import compose_job, describe
-from server.engines import Engine, Note, Watch, run_engine
+from server.engines import Engine, run_engine
 from server.local_federation import LocalFederation, Terms, create_local_federation
+from server.progress_board import progress_board
 
 logger = logging.getLogger(__name__)
 
@@ -122,34 +111,10 @@ def _run(console: Console, federation: LocalFederation, job: TrainingJob, *, eng
         f"epsilon {printed(float(job.plan.target_epsilon))} per item at delta {float(job.plan.delta):g}, "
         f"{job.plan.rounds} rounds"
     )
-    with _progress(console, job) as (watch, note):
-        run_engine(engine, federation, watch=watch, note=note)
+    with progress_board(console, stages=len(stages_of(job))) as board:
+        run_engine(engine, federation, watch=board.watch, note=board.note)
     proof = verify_federation(federation.root, roster=federation.coordinator.read_roster())
     _summarise(console, proof, job, federation, shown=shown, seconds=time.monotonic() - began)
-
-
-@contextmanager
-def _progress(console: Console, job: TrainingJob) -> Iterator[tuple[Watch, Note]]:
-    """A bar with stages, sites, elapsed and remaining time; whoever pipes the output gets plain lines instead."""
-    stages = len(stages_of(job))
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=stages)
-
-        def watch(progress: StageProgress) -> None:
-            sites = f"{progress.answered}/{progress.participants} sites"
-            bar.update(task, completed=progress.stage, description=f"{progress.purpose}, {sites}")
-            if not console.is_terminal and (progress.stage % 10 == 0 or progress.stage == stages):
-                console.print(f"stage {progress.stage}/{stages}: {progress.purpose}, {sites}")
-
-        def note(line: str) -> None:
-            console.print(line)
-            bar.update(task, description="sites check their photos (the first time, features are extracted)")
-
-        yield watch, note
 
 
 def _summarise(
@@ -170,6 +135,7 @@ def _summarise(
     quality = Table("measured on held-out modules, with differential privacy", "", box=None)
     quality.add_row("quadratic weighted kappa", f"{metrics.quadratic_weighted_kappa:.3f}")
     quality.add_row("accuracy", f"{metrics.accuracy:.1%}")
+    quality.add_row("mean cost of a wrong grade, per item", f"{metrics.mean_cost:.2f}")
     quality.add_row(f"misses of {', '.join(job.spec.grading.critical)}", f"{metrics.critical_miss_rate:.1%}")
     spent = Table("epsilon per item", "coordinator", "other partner", "model holder", "all collude", box=None)
     for site, seen in proved.observers.items():

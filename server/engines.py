@@ -57,7 +57,7 @@ def _deployed(federation: LocalFederation, *, watch: Watch, note: Note) -> None:
             deployment.enrol(site, federation.node_key(site))
             deployment.start_site(site, [command, "site", "up", str(federation.site_file(site).resolve())])
         deployment.wait_online()
-        note(f"{len(federation.sites())} sites online")
+        note(f"{len(federation.sites())} sites online; each checks its photos and extracts features it has not cached")
         with _followed(federation.coordinator, watch):
             deployment.follow(deployment.submit(), on_line=lambda line: logger.debug("%s", line))
 
