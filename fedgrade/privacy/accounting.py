@@ -6,7 +6,7 @@ Adjacency: add or remove one item. Everything printed is rounded up.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from functools import cache
@@ -29,6 +29,9 @@ _PLD_INTERVAL = 1e-4
 _GATE_SLACK = 1e-3
 # Whole orders converge everywhere; the fractional ones that dp-accounting adds by default do not, and log about it.
 _RENYI_ORDERS = (*range(2, 64), 128, 256, 512, 1024)
+_NOISE_STEP = Fraction(1, 2**9)  # noise multipliers are whole multiples of it
+
+_Events = tuple[tuple[Fraction, Fraction, int], ...]
 
 
 def zcdp_epsilon(rho: Fraction, *, delta: Fraction) -> float:
@@ -92,25 +95,31 @@ def poisson_epsilon(events: Mapping[tuple[Fraction, Fraction], int], *, delta: F
 
 
 def poisson_noise_multiplier(*, sampling_rate: Fraction, steps: int, epsilon: Fraction, delta: Fraction) -> Fraction:
-    """The least noise multiplier, to 2^-12, at which ``steps`` Poisson steps cost at most ``epsilon``.
+    """The least noise multiplier, to 2^-9, at which ``steps`` Poisson steps cost at most ``epsilon``.
+
+    The Rényi bound, which takes milliseconds, says where to look; the privacy loss distribution decides.
 
     Raises:
         PlanRefused: no multiplier below 2^12 is enough.
     """
-    low, high = 0, 2**24  # in units of 2^-12
-    if _steps_epsilon(sampling_rate, Fraction(high, 2**12), steps, delta) > epsilon:
+
+    def suffices(multiple: int) -> bool:
+        return poisson_epsilon({(sampling_rate, multiple * _NOISE_STEP): steps}, delta=delta) <= epsilon
+
+    def surely_suffices(multiple: int) -> bool:
+        return _renyi_epsilon(((sampling_rate, multiple * _NOISE_STEP, steps),), delta) <= epsilon
+
+    highest = int(2**12 / _NOISE_STEP)
+    if not surely_suffices(highest):
         raise PlanRefused(f"epsilon {float(epsilon):g} over {steps} steps needs noise beyond any use; take fewer steps")
-    # Small multipliers are slow to account and never wanted: walk down before bisecting.
-    while high > 1 and _steps_epsilon(sampling_rate, Fraction(high // 4, 2**12), steps, delta) <= epsilon:
-        high //= 4
-    low = high // 4
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _steps_epsilon(sampling_rate, Fraction(middle, 2**12), steps, delta) <= epsilon:
-            high = middle
-        else:
-            low = middle
-    return Fraction(high, 2**12)
+    high = _least(surely_suffices, low=0, high=highest)
+    while not suffices(high):  # the distribution is discretised upwards, and may exceed the bound by a hair
+        high += 1
+    # The bound overstates the noise by some hundredths: step down until it no longer suffices.
+    low = high - high // 16 - 1
+    while low > 0 and suffices(low):
+        low, high = low - low // 16 - 1, low
+    return _least(suffices, low=low, high=high) * _NOISE_STEP
 
 
 def poisson_events(mechanism: PoissonGaussian) -> dict[tuple[Fraction, Fraction], int]:
@@ -147,15 +156,20 @@ def printed(epsilon: float) -> str:
     return str(Decimal(repr(epsilon)).quantize(Decimal("0.01"), rounding=ROUND_CEILING))
 
 
+def _least(suffices: Callable[[int], bool], *, low: int, high: int) -> int:
+    """The least number above ``low`` that suffices, knowing that ``high`` does and ``low`` does not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
+
+
 @cache
-def _poisson_epsilon(events: tuple[tuple[Fraction, Fraction, int], ...], delta: Fraction) -> float:
+def _poisson_epsilon(events: _Events, delta: Fraction) -> float:
     loss = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=_PLD_INTERVAL)
-    renyi = RdpAccountant(_RENYI_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for rate, noise, steps in events:
-        event = PoissonSampledDpEvent(float(rate), GaussianDpEvent(float(noise)))
-        loss.compose(SelfComposedDpEvent(event, steps))
-        renyi.compose(SelfComposedDpEvent(event, steps))
-    epsilon, ceiling = float(loss.get_epsilon(float(delta))), float(renyi.get_epsilon(float(delta)))
+    for event in _dp_events(events):
+        loss.compose(event)
+    epsilon, ceiling = float(loss.get_epsilon(float(delta))), _renyi_epsilon(events, delta)
     if not math.isfinite(epsilon) or epsilon > ceiling + _GATE_SLACK:
         raise PlanRefused(
             f"accountants disagree: privacy loss distribution gives {epsilon:.4f}, Rényi bound is {ceiling:.4f}; "
@@ -164,8 +178,17 @@ def _poisson_epsilon(events: tuple[tuple[Fraction, Fraction, int], ...], delta: 
     return epsilon
 
 
-def _steps_epsilon(rate: Fraction, noise: Fraction, steps: int, delta: Fraction) -> float:
-    return poisson_epsilon({(rate, noise): steps}, delta=delta)
+@cache
+def _renyi_epsilon(events: _Events, delta: Fraction) -> float:
+    renyi = RdpAccountant(_RENYI_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for event in _dp_events(events):
+        renyi.compose(event)
+    return float(renyi.get_epsilon(float(delta)))
+
+
+def _dp_events(events: _Events) -> Iterator[SelfComposedDpEvent]:
+    for rate, noise, steps in events:
+        yield SelfComposedDpEvent(PoissonSampledDpEvent(float(rate), GaussianDpEvent(float(noise))), steps)
 
 
 def _check_delta(delta: Fraction) -> None:
