@@ -24,6 +24,7 @@ Watch = Callable[[Progress], None]
 Note = Callable[[str], None]
 
 _PROGRESS_SECONDS = 0.2
+_ONLINE_SECONDS = 300.0
 
 
 def run_engine(engine: Engine, federation: LocalFederation, *, watch: Watch, note: Note) -> None:
@@ -56,7 +57,8 @@ def _deployed(federation: LocalFederation, *, watch: Watch, note: Note) -> None:
         for site in federation.sites():
             deployment.enrol(site, federation.node_key(site))
             deployment.start_site(site, [command, "site", "up", str(federation.site_file(site).resolve())])
-        deployment.wait_online()
+        # Five processes import torch at once; on a busy machine that takes minutes.
+        deployment.wait_online(timeout_seconds=_ONLINE_SECONDS)
         note(f"{len(federation.sites())} sites online; each checks its photos and extracts features it has not cached")
         with _followed(federation.coordinator, watch):
             deployment.follow(deployment.submit(), on_line=lambda line: logger.debug("%s", line))
