@@ -8,6 +8,7 @@ from typing import Final
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedgrade.errors import MessageRefused, RoundFailed
 from fedgrade.trust.identity import SiteId
@@ -20,6 +21,7 @@ MESSAGE_TYPE: Final = "query.fedgrade"
 MAX_REPLY_BYTES: Final = 256 * 1024 * 1024
 
 _POLL_SHARE: Final = 0.05
+_PUSH_TRIES: Final = 3
 # Flower compares a message's age by the node's clock; a partner's clock may be minutes off.
 _CLOCK_SLACK_SECONDS: Final = 600.0
 
@@ -62,21 +64,29 @@ class GridCohort:
 
     def _push(self, requests: Mapping[SiteId, bytes], *, ttl: float) -> dict[str, SiteId]:
         """Send ``requests``; which message id awaits which site."""
-        messages = {}
+        awaited = {}
         for site, envelope in requests.items():
             if site not in self.nodes:
                 logger.warning("site %s: no node is known for it, so it is not asked", site)
-                continue
-            content = RecordDict({RECORD: ConfigRecord({FIELD: envelope})})
-            messages[site] = Message(content, self.nodes[site], MESSAGE_TYPE, ttl=ttl)
-        accepted = set(self._grid.push_messages(list(messages.values()))) if messages else set()
-        awaited = {}
-        for site, message in messages.items():
-            if message.metadata.message_id in accepted:
-                awaited[message.metadata.message_id] = site
+            elif message_id := self._push_one(self.nodes[site], envelope, ttl=ttl):
+                awaited[message_id] = site
             else:
                 logger.warning("site %s: the SuperLink did not take the message for node %d", site, self.nodes[site])
         return awaited
+
+    def _push_one(self, node: int, envelope: bytes, *, ttl: float) -> str | None:
+        """The id of the message that carries ``envelope`` to ``node``, or None if it was not taken."""
+        for _ in range(_PUSH_TRIES):
+            message = Message(RecordDict({RECORD: ConfigRecord({FIELD: envelope})}), node, MESSAGE_TYPE, ttl=ttl)
+            try:
+                accepted = list(self._grid.push_messages([message]))
+            except ObjectPushError as error:
+                # Flower repeats an upload whose answer was lost, and then refuses the bytes because it has them. A
+                # new message finds them there; a site that gets both sends the same reply twice.
+                logger.info("node %d: message sent again (%s)", node, error)
+                continue
+            return message.metadata.message_id if message.metadata.message_id in accepted else None
+        return None
 
     def _collect(self, awaited: Mapping[str, SiteId], deadline: float) -> dict[SiteId, Reply]:
         """Replies by site, as they come, until all are there or the deadline has passed."""

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,6 +106,35 @@ def test_a_reply_to_another_request_is_ignored():
         return [(0, Message(wrap(b"x"), reply_to=stranger)), *echo(message)]
 
     assert ask({"a": crossed}, {"a": b"1"}, deadline_seconds=30) == {"a": b"1!"}
+
+
+def test_an_upload_that_flower_refuses_because_it_has_it_is_sent_again(monkeypatch):
+    grid = MemoryGrid({100: echo})
+    push, refused = grid.push_messages, []
+
+    def refuse_once(messages):
+        if not refused:
+            refused.append(messages)
+            raise ObjectPushError("object", 7, "session")
+        return push(messages)
+
+    monkeypatch.setattr(grid, "push_messages", refuse_once)
+    assert GridCohort(grid, {"a": 100}, 0.005).ask({"a": b"1"}, deadline_seconds=30) == {"a": b"1!"}
+
+
+def test_a_site_that_cannot_be_sent_to_is_absent(monkeypatch, caplog):
+    grid = MemoryGrid({100: echo, 101: echo})
+    push = grid.push_messages
+
+    def refuse_one(messages):
+        if messages[0].metadata.dst_node_id == 101:
+            raise ObjectPushError("object", 7, "session")
+        return push(messages)
+
+    monkeypatch.setattr(grid, "push_messages", refuse_one)
+    cohort = GridCohort(grid, {"a": 100, "b": 101}, 0.005)
+    assert cohort.ask({"a": b"1", "b": b"1"}, deadline_seconds=30) == {"a": b"1!"}
+    assert "node 101" in caplog.text
 
 
 def test_nobody_asked_is_nobody_absent():
