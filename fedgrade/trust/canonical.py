@@ -8,7 +8,6 @@ the one canonical form, so that equal values have equal digests. No class name, 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -118,19 +117,14 @@ def _no_constant(name: str) -> None:
 
 
 def _check_depth(tree: Any, *, name: str) -> None:
-    level = [tree]
+    containers = [tree]
     # Level by level, not by recursion: the document must not choose how deep our own stack grows.
-    for _ in range(MAX_DEPTH + 1):
-        level = [branch for node in level for branch in _branches(node)]
-        if not level:
+    for _ in range(MAX_DEPTH):
+        branches = [branch for node in containers for branch in (node.values() if isinstance(node, dict) else node)]
+        containers = [branch for branch in branches if isinstance(branch, dict | list)]
+        if not containers:
             return
     raise DocumentRefused(f"{name}: nested deeper than {MAX_DEPTH}")
-
-
-def _branches(node: Any) -> Iterable[Any]:
-    if isinstance(node, dict):
-        return node.values()
-    return node if isinstance(node, list) else ()
 
 
 def _first_fault(error: ValidationError) -> str:
