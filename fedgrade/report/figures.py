@@ -85,12 +85,12 @@ def budget_bars(bars: Sequence[BudgetBar], *, description: str) -> Drawing:
 
 
 def spending_lines(lines: Sequence[SpendingLine], *, description: str) -> Drawing:
-    """Epsilon over charges, one line a site; sites whose accounts moved alike share a line."""
+    """Epsilon over charges, one line a site; sites whose accounts moved alike share a line. Named are the highest."""
     return _both(
         "spending",
         "Epsilon of each training account after each charge",
         description,
-        draw=lambda width: _draw_lines(_merged(lines), width),
+        draw=lambda width: _draw_lines(merged(lines), width),
     )
 
 
@@ -193,11 +193,19 @@ def _label_lines(axes: Any, groups: Sequence[SpendingLine], *, longest: int, top
         for rank in reversed(range(len(groups))):
             place = max(groups[rank].epsilons[-1], place + gap)
             _text(axes, longest + 0.12 * inch, place, names[rank], color=_LINES[rank])
-    ceiling = max(group.ceilings[-1] for group in groups)
-    _text(axes, 0.06 * inch, ceiling - gap * 0.7, f"lifetime ceiling {ceiling:.2f}", color=_INK)
+    _label_ceilings(axes, sorted({group.ceilings[-1] for group in groups}, reverse=True), x=0.06 * inch, gap=gap)
 
 
-def _merged(lines: Sequence[SpendingLine]) -> tuple[SpendingLine, ...]:
+def _label_ceilings(axes: Any, ceilings: Sequence[float], *, x: float, gap: float) -> None:
+    """The highest ceiling's name beneath its line, and as many of the others' as do not touch."""
+    place = ceilings[0] + 2 * gap
+    for ceiling in ceilings:
+        if place - ceiling > 1.2 * gap:
+            _text(axes, x, ceiling - gap * 0.7, f"lifetime ceiling {ceiling:.2f}", color=_INK)
+            place = ceiling
+
+
+def merged(lines: Sequence[SpendingLine]) -> tuple[SpendingLine, ...]:
     """Lines that coincide, as one line that says how many it stands for; the highest first."""
     alike: dict[tuple[tuple[float, ...], tuple[float, ...]], list[str]] = {}
     for line in lines:

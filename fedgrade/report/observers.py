@@ -24,7 +24,7 @@ _TITLES: dict[ObserverName, str] = {
 
 
 _SEES: dict[ObserverName, str] = {
-    "model_holder": "The models of all rounds at most. The noise of every site that answered stands in the way.",
+    "model_holder": "The published model, or that of every round. The noise of all sites that answered is in each.",
     "other_partner": "The model of every round. It can take its own noise out, not that of the others.",
     "coordinator": "Each site's own uploads, every round. The site's own noise stands in the way.",
     "full_collusion": "The coordinator and all other partners pool what they have. The site's own noise remains.",

@@ -3,6 +3,7 @@
 Same ledgers and same time of writing, same bytes. The page loads nothing and runs no script; its own policy forbids it.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from fedgrade.federation.store import write_durably
 from fedgrade.federation.verification import FederationProof, JobProof, verify_federation
 from fedgrade.report.accounts import account_rows, attempt_rows, budget_of, fullest, nearest_to_ceiling, spending_of
 from fedgrade.report.checks import checks, plan_rows
-from fedgrade.report.figures import budget_bars, spending_lines
+from fedgrade.report.figures import MAX_BARS, MAX_LINES, BudgetBar, SpendingLine, budget_bars, merged, spending_lines
 from fedgrade.report.observers import (
     ObserverRow,
     SiteRow,
@@ -108,8 +109,9 @@ def privacy_report(proof: FederationProof, *, generated: datetime, roster_source
         groups=group_rows(proof),
         checks=checks(proof),
         bars_left_out=sum(len(site.accounts) for site in proof.sites.values()) - len(bars),
-        budget=budget_bars(bars, description=_described_bars(proof)) if bars else None,
-        spending=spending_lines(lines, description=_described_lines(proof)) if lines else None,
+        lines_unnamed=max(0, len(merged(lines)) - MAX_LINES),
+        budget=budget_bars(bars, description=_described_bars(bars)) if bars else None,
+        spending=spending_lines(lines, description=_described_lines(lines)) if lines else None,
     )
 
 
@@ -221,13 +223,18 @@ def _photos_per_item(proof: FederationProof) -> int:
     return max((account.dataset.photos_per_item for account in accounts), default=1)
 
 
-def _described_bars(proof: FederationProof) -> str:
-    return "; ".join(f"{row.site}, {row.side}: {row.used} of {row.ceiling}" for row in account_rows(proof))
-
-
-def _described_lines(proof: FederationProof) -> str:
+def _described_bars(bars: Sequence[BudgetBar]) -> str:
     return "; ".join(
-        f"{line.label}: {len(line.epsilons)} charges, epsilon {epsilon_text(line.epsilons[-1])} after the last, "
-        f"ceiling {line.ceilings[-1]:.2f}"
-        for line in spending_of(proof)
+        f"{bar.label}, {'training' if bar.training else 'held-out'} items: "
+        f"{epsilon_text(bar.used)} of {bar.ceiling:.2f}"
+        for bar in bars
     )
+
+
+def _described_lines(lines: Sequence[SpendingLine]) -> str:
+    told = [
+        f"{line.label}: {counted(len(line.epsilons), 'charge')}, epsilon {epsilon_text(line.epsilons[-1])} after the "
+        f"last, ceiling {line.ceilings[-1]:.2f}"
+        for line in lines[:MAX_BARS]
+    ]
+    return "; ".join(told) + ("; the rest in the tables" if len(lines) > MAX_BARS else "")

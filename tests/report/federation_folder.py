@@ -22,7 +22,7 @@ from fedgrade.federation.rounds import RoundLog, stages_of
 from fedgrade.federation.store import RunStore
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
-from fedgrade.model.spec import ModelSpec
+from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
 from fedgrade.privacy.budget import Ceiling
 from fedgrade.privacy.plan import LocalSpec, PrivacySpec
 from fedgrade.trust.canonical import digest, encode
@@ -165,7 +165,12 @@ def _job(story: Story, workshop: Workshop) -> TrainingJob:
     spec = JobSpec(
         name=story.name,
         data=DataSpec(asset_type="solar cell", test_fraction=0.2, synthetic_ceiling=0.0, minimum_items=50),
-        model=ModelSpec(backbone="tf_efficientnet_lite0", pooling=("average",)),
+        model=ModelSpec(
+            backbone="tf_efficientnet_lite0",
+            input_size=224,
+            pooling=("average",),
+            weights_digest=LITE0_WEIGHTS_DIGEST,
+        ),
         grading=story.scale,
         privacy=story.privacy,
         aggregation=AggregationSpec(learning_rate=0.5, momentum=0.9, average_last=0.5, minimum_sites=2),

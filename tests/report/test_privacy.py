@@ -195,7 +195,7 @@ def test_floating_point_noise_is_owned_up_to(federations, tmp_path):
     folder = folder_of(federations, tmp_path, federations.Story(privacy=spec), composition="mixed")
     page = Page(report(folder))
     assert "DP-SGD steps carry floating-point noise" in page.text
-    assert "follow from ( ε , δ ) alone" in page.text
+    assert "from ( ε , δ ) alone [1] for DP-SGD" in page.text
     assert "8 DP-SGD steps" in page.text
     assert "No reduction is claimed" in page.text
     assert "grows at least in proportion" in page.text
