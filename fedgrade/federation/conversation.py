@@ -167,8 +167,11 @@ class Conversation:
     def _require_enough(self, answered: int, *, what: str) -> None:
         wanted = self._job.spec.aggregation.minimum_sites
         if answered < wanted:
+            reasons: dict[tuple[str, str], list[SiteId]] = {}
+            for site, refusal in self._refusals.items():
+                reasons.setdefault((refusal.code, refusal.reason), []).append(site)
             refusals = "; ".join(
-                f"{site} refused ({body.code}): {body.reason}" for site, body in self._refusals.items()
+                f"{', '.join(who)} refused ({code}): {reason}" for (code, reason), who in reasons.items()
             )
             raise RoundFailed(
                 f"{what}: {answered} sites answered, aggregation.minimum_sites is {wanted}"

