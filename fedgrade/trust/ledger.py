@@ -220,13 +220,14 @@ def _replayed(path: Path, descriptor: int, *, key: PublicKey, observe: Callable[
     head, whole = Head(), 0
     with _opened(path) as file:
         for line in iter(lambda: file.readline(MAX_ENTRY_BYTES), b""):
-            if not line.endswith(b"\n") and file.read(1) == b"":
-                line = _mended(path, descriptor, line, whole=whole)  # noqa: PLW2901 - the torn line's remains
-                if not line:
-                    break
-            entry = _verified(line, follows=head, key=key, path=path)
-            observe(entry)
-            head, whole = head.after(entry, line.removesuffix(b"\n")), whole + len(line)
+            torn = not line.endswith(b"\n") and file.read(1) == b""
+            remains = _mended(path, descriptor, line, whole=whole) if torn else line
+            if remains:
+                entry = _verified(remains, follows=head, key=key, path=path)
+                observe(entry)
+                head, whole = head.after(entry, remains.removesuffix(b"\n")), whole + len(remains)
+            if torn:  # nothing follows; reading on would meet the newline just added
+                break
     return head
 
 
