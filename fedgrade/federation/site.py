@@ -202,9 +202,16 @@ class Site:
         job = open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
         admit(job, policy=self._policy, site=self._identity.site, declared_items=self._data.declared_items)
         require_hidden_uploads(job, self._summation)
+        self._require_known(job)
         ceiling = job.spec.data.synthetic_ceiling
         manifest = read_manifest(self._data.manifest, job.spec.grading, synthetic_ceiling=ceiling)
         return _OpenJob(job=job, manifest=manifest, dataset=self._dataset(manifest))
+
+    def _require_known(self, job: TrainingJob) -> None:
+        """Refuse a job with participants whom this site's own roster does not name: they would hide nobody."""
+        strangers = [site for site in job.participants if site not in self._identity.roster.sites]
+        if strangers:
+            raise PolicyViolated(f"job {job.spec.name}: participant {strangers[0]} is not on this site's roster")
 
     def _opened(self, job_digest: str) -> "_OpenJob":
         if job_digest not in self._jobs:

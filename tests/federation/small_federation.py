@@ -1,0 +1,290 @@
+"""A small federation of real parts: photos on disk, ledgers, keys, sites and a coordinator, in one process.
+
+The photos are generated, because what is under test is the machinery; nothing here measures quality. The extractor is
+a fixed random projection of a photo's pixels: real and deterministic, and it needs no network.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fedgrade.aggregation.mean import AggregationSpec
+from fedgrade.data.manifest import Manifest, Photo, Provenance, Split, write_manifest
+from fedgrade.data.photos import PhotoLimits, open_photo, verify_photos
+from fedgrade.federation.charging import Charging
+from fedgrade.federation.in_process import InProcessCohort
+from fedgrade.federation.messages import (
+    AdmitRequest,
+    ContributeRequest,
+    Opened,
+    Reply,
+    Request,
+    read_message,
+    write_message,
+)
+from fedgrade.federation.outbox import Outbox
+from fedgrade.federation.payloads import Head, write_head
+from fedgrade.federation.policy import Policy, Summation
+from fedgrade.federation.release import OpenedRelease, open_release
+from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
+from fedgrade.federation.site import PhotoFeatures, Site, SiteData, SiteIdentity
+from fedgrade.federation.store import RunStore
+from fedgrade.grading import GradeScale
+from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
+from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
+from fedgrade.privacy.plan import LocalSpec
+from fedgrade.trust.canonical import digest, encode
+from fedgrade.trust.envelope import seal
+from fedgrade.trust.identity import Roster, SigningKey, SiteId, site_id
+from fedgrade.trust.ledger import Entry, LedgerWriter, read_ledger
+from fedgrade.trust.records import Reserve
+
+PIXELS = 8
+ITEMS = 16  # of a site, half of them held out
+DECLARED = 8
+SCALE = GradeScale(
+    name="three", labels=("A", "B", "C"), critical=("C",), cost=((0.0, 1.0, 2.0), (1.0, 0.0, 1.0), (4.0, 2.0, 0.0))
+)
+MODEL = ModelSpec(
+    backbone="tf_efficientnet_lite0", input_size=64, pooling=("average",), weights_digest=LITE0_WEIGHTS_DIGEST
+)
+PRIVACY = LocalSpec(
+    target_epsilon=40.0, delta=1e-5, evaluation_epsilon=40.0, centre_share=0.2, rounds=2, max_grad_norm=1.0
+)
+SPEC = JobSpec(
+    name="small",
+    data=DataSpec(asset_type="square", test_fraction=0.5, synthetic_ceiling=0.1, minimum_items=4),
+    model=MODEL,
+    grading=SCALE,
+    privacy=PRIVACY,
+    aggregation=AggregationSpec(learning_rate=2.0, momentum=0.5, average_last=0.5, minimum_sites=2),
+)
+POLICY = Policy(
+    modes=("local",),
+    epsilon_limit=100.0,
+    delta=1e-5,
+    epsilon_per_job=40.0,
+    maximum_rounds=10,
+    maximum_attempts=3,
+    minimum_participants=2,
+    minimum_items=4,
+    backbones=("tf_efficientnet_lite0",),
+)
+NAMES = (site_id("recycler-a"), site_id("recycler-b"), site_id("recycler-c"))
+FIRST = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Clock:
+    """A second later each time it is asked."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    def __call__(self) -> datetime:
+        self._asked += 1
+        return FIRST + timedelta(seconds=self._asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedPhotos:
+    """Photos of one folder; their features are a fixed random projection of their pixels."""
+
+    root: Path
+    opened: list[str] = field(default_factory=list)
+
+    def prepare(self, model: ModelSpec, manifest: Manifest) -> None:
+        verify_photos(manifest, self.root, PhotoLimits())
+        self.features(model, manifest.photos)
+
+    def features(self, model: ModelSpec, photos: Sequence[Photo]) -> np.ndarray:
+        self.opened.extend(photo.path for photo in photos)
+        pixels = [open_photo(self.root, photo, PhotoLimits())[:, :, 0].ravel() for photo in photos]
+        rows = np.array(pixels, dtype=np.float32).reshape(len(photos), PIXELS * PIXELS)
+        return rows @ projection(model.feature_dimensions)
+
+
+@cache
+def projection(dimensions: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(PIXELS * PIXELS, dimensions)).astype(np.float32)
+
+
+def photo_bytes(grade: int, seed: int) -> bytes:
+    """A PNG whose bright third is its grade, under a little noise."""
+    pixels = np.random.default_rng(seed).integers(0, 40, (PIXELS, PIXELS), dtype=np.uint8)
+    third = PIXELS // 3
+    pixels[:, grade * third : (grade + 1) * third] += 180
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_photos(root: Path, *, first: int, items: int = ITEMS) -> list[Photo]:
+    """``items`` items below ``root``, half of them held out; every third has two photos."""
+    root.mkdir(parents=True)
+    photos = []
+    for number in range(first, first + items):
+        grade, split = number % SCALE.grades, Split.TRAIN if number % 4 < 2 else Split.TEST
+        for view in range(2 if number % 3 == 0 else 1):
+            raw, name = photo_bytes(grade, 2 * number + view), f"{number:04d}-{view}.png"
+            (root / name).write_bytes(raw)
+            photos.append(
+                Photo(
+                    path=name,
+                    digest=hashlib.sha256(raw).hexdigest(),
+                    item=f"item-{number:04d}",
+                    source=f"source-{number:04d}",
+                    grade=SCALE.labels[grade],
+                    split=split,
+                    provenance=Provenance.REAL,
+                    licence="own",
+                    origin="generated for a test",
+                )
+            )
+    return photos
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallFederation:
+    """Folders as a coordinator and its partners keep them, and the keys to act for any of them."""
+
+    root: Path
+    roster: Roster
+    coordinator_key: SigningKey
+    site_keys: Mapping[SiteId, SigningKey]
+    clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def create(cls, root: Path, *, names: Sequence[SiteId] = NAMES) -> "SmallFederation":
+        coordinator = SigningKey.generate()
+        keys = {name: SigningKey.generate() for name in names}
+        roster = Roster(coordinator=coordinator.public, sites={name: key.public for name, key in keys.items()})
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "roster.json").write_bytes(encode(roster))
+        (root / "coordinator").mkdir()
+        for number, name in enumerate(names):
+            photos = write_photos(root / "sites" / name / "photos", first=1000 * number)
+            (root / "sites" / name / "manifest.csv").write_bytes(write_manifest(photos))
+        return cls(root=root, roster=roster, coordinator_key=coordinator, site_keys=keys)
+
+    def folder(self, name: SiteId) -> Path:
+        return self.root / "sites" / name
+
+    def ledger(self, name: SiteId) -> Path:
+        return self.folder(name) / "ledger.jsonl"
+
+    def entries(self, name: SiteId) -> list[Entry]:
+        """Every entry of one site's ledger, verified; none before it was first opened."""
+        path = self.ledger(name)
+        return list(read_ledger(path, key=self.roster.key_of(name))) if path.exists() else []
+
+    def charges(self, name: SiteId) -> list[Reserve]:
+        return [entry.body for entry in self.entries(name) if isinstance(entry.body, Reserve)]
+
+    @contextmanager
+    def site(
+        self,
+        name: SiteId = NAMES[0],
+        *,
+        policy: Policy = POLICY,
+        photos: PhotoFeatures | None = None,
+        summation: Summation = Summation.PLAIN,
+    ) -> Iterator[Site]:
+        """One site, its ledger held until the block ends."""
+        folder = self.folder(name)
+        data = SiteData(
+            manifest=(folder / "manifest.csv").read_bytes(),
+            lineage=f"squares-{name}",
+            cohort="2026",
+            declared_items=DECLARED,
+            photos=photos or ProjectedPhotos(root=folder / "photos"),
+        )
+        identity = SiteIdentity(site=name, key=self.site_keys[name], roster=self.roster)
+        with Charging.open(self.ledger(name), site=name, key=identity.key, clock=self.clock) as charging:
+            outbox = Outbox(folder / "outbox")
+            yield Site(
+                identity=identity, data=data, policy=policy, charging=charging, outbox=outbox, summation=summation
+            )
+
+    @contextmanager
+    def answers(self, **settings: object) -> Iterator[dict[SiteId, Callable[[bytes], bytes]]]:
+        """Every site's door, with the same settings."""
+        with ExitStack() as stack:
+            yield {name: stack.enter_context(self.site(name, **settings)).answer for name in self.site_keys}
+
+    def job(self, spec: JobSpec = SPEC, *, nonce: str = "0") -> TrainingJob:
+        return plan_job(spec, declared_items=dict.fromkeys(self.site_keys, DECLARED), nonce=nonce)
+
+    def run(self, job: TrainingJob, cohort: object, *, report: Callable[[Progress], None] = lambda _: None) -> str:
+        """Run ``job`` as its coordinator would, from wherever its checkpoint stands."""
+        coordinator = Coordinator(
+            key=self.coordinator_key, roster=self.roster, clock=self.clock, report=report, deadline_seconds=1.0
+        )
+        path = self.root / "coordinator" / "ledger.jsonl"
+        log = RoundLog.open(
+            lambda observe: LedgerWriter.open(path, key=self.coordinator_key, observe=observe), now=self.clock()
+        )
+        try:
+            return run_job(job, cohort, coordinator=coordinator, store=self.store(job), log=log)
+        finally:
+            log.close()
+
+    def run_in_process(self, job: TrainingJob, **settings: object) -> OpenedRelease:
+        """The release of ``job``, every site taking part."""
+        with self.answers(**settings) as answers:
+            self.run(job, InProcessCohort(sites=answers))
+        return self.release(job)
+
+    def store(self, job: TrainingJob) -> RunStore:
+        return RunStore(self.root / "jobs" / job.digest[:16])
+
+    def release(self, job: TrainingJob) -> OpenedRelease:
+        return open_release(
+            self.root / "jobs" / job.digest[:16] / "release", signed_by=self.coordinator_key.public
+        )
+
+    def admission(self, job: TrainingJob, *, name: SiteId = NAMES[0], sealed_by: SigningKey | None = None) -> bytes:
+        """The coordinator's message that shows ``job`` to a site."""
+        body = AdmitRequest(job_envelope=seal(job, sealed_by or self.coordinator_key).decode())
+        return self.signed(Request(site=name, job=job.digest, body=body, tensors_digest=digest(b"")), b"")
+
+    def question(
+        self, job: TrainingJob, body: ContributeRequest, *, tensors: bytes | None = None, name: SiteId = NAMES[0]
+    ) -> bytes:
+        """The coordinator's message that asks a site for a release; by default at weights of zero."""
+        arrays = zero_head(job) if tensors is None else tensors
+        return self.signed(Request(site=name, job=job.digest, body=body, tensors_digest=digest(arrays)), arrays)
+
+    def signed(self, request: Request, tensors: bytes) -> bytes:
+        return write_message(request, tensors=tensors, key=self.coordinator_key)
+
+    def opened(self, reply: bytes, *, name: SiteId = NAMES[0]) -> Opened[Reply]:
+        """A reply whose signature holds."""
+        return read_message(reply, as_=Reply, signed_by=self.roster.key_of(name))
+
+
+def zero_head(job: TrainingJob) -> bytes:
+    shape = job.head_shape()
+    return write_head(Head(thresholds=np.zeros(shape), centre=np.zeros(shape[1] - 1)))
+
+
+def ask(purpose: str, round_index: int = 0, attempt: int = 0) -> ContributeRequest:
+    return ContributeRequest(purpose=purpose, round_index=round_index, attempt=attempt)
+
+
+def with_privacy(**changes: object) -> JobSpec:
+    """The small job with some of its privacy spec changed."""
+    return replace(SPEC, privacy=replace(PRIVACY, **changes))
+
+
+def zeros(size: int, *, scale: int) -> np.ndarray:
+    """No noise at all, where a test needs exact answers; the product has no such switch."""
+    del scale
+    return np.zeros(size, dtype=np.int64)

@@ -1,0 +1,175 @@
+"""A coordinator that dies after every step: the run goes on from its checkpoint, and nobody pays twice for a round."""
+
+import shutil
+
+import pytest
+
+from fedgrade.errors import DocumentRefused, LedgerBroken, ModelRefused, RoundFailed
+from fedgrade.federation import rounds
+from fedgrade.federation.in_process import InProcessCohort
+from fedgrade.federation.rounds import RoundLog
+from fedgrade.federation.store import RunStore
+from fedgrade.federation.verification import verify_federation
+from tests.federation.small_federation import NAMES, with_privacy
+
+SPEC = with_privacy(rounds=1)  # centre, one round, evaluation
+STAGES = 3
+STEPS = [
+    (owner, name, call, after)
+    for owner, name, calls in (
+        (rounds, "_advance", STAGES),
+        (RunStore, "keep_receipts", STAGES),
+        (RoundLog, "close_round", STAGES),
+        (RunStore, "save", STAGES),
+        (rounds, "publish", 1),
+        (RoundLog, "release", 1),
+    )
+    for call in range(calls)
+    for after in (False, True)
+]
+
+
+class PowerCut(BaseException):
+    """The process is gone."""
+
+
+class Quiet:
+    """A cohort in which the named sites stay silent."""
+
+    def __init__(self, sites, silent=()):
+        self.inner = InProcessCohort(sites=sites)
+        self.silent = set(silent)
+
+    def ask(self, requests, *, deadline_seconds):
+        heard = {site: raw for site, raw in requests.items() if site not in self.silent}
+        return self.inner.ask(heard, deadline_seconds=deadline_seconds)
+
+
+def strike(patch, owner, name, call, *, after):
+    """The power goes at the given call of ``name``, before or after it has done its work."""
+    real, calls = getattr(owner, name), iter(range(100))
+
+    def cut(*arguments, **named):
+        if next(calls) != call:
+            return real(*arguments, **named)
+        if after:
+            real(*arguments, **named)
+        raise PowerCut
+
+    patch.setattr(owner, name, cut)
+
+
+def replayed(federation, job):
+    """The weights that an undisturbed coordinator gets from the same sites, which resend what they once sent."""
+    shutil.rmtree(federation.root / "jobs")
+    (federation.root / "coordinator" / "ledger.jsonl").unlink()
+    before = {site: federation.ledger(site).read_bytes() for site in NAMES}
+    release = federation.run_in_process(job)
+    assert {site: federation.ledger(site).read_bytes() for site in NAMES} == before
+    return release.release
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "after"),
+    STEPS,
+    ids=[f"{'after' if after else 'before'} {name} {call}" for _, name, call, after in STEPS],
+)
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(federation, owner, name, call, after):
+    job = federation.job(SPEC)
+    with federation.answers() as answers:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+            strike(patch, owner, name, call, after=after)
+            federation.run(job, InProcessCohort(sites=answers))
+        federation.run(job, InProcessCohort(sites=answers))
+
+    proof = verify_federation(federation.root)
+    assert len(proof.jobs[job.digest].rounds) == STAGES
+    assert {site: len(federation.charges(site)) for site in NAMES} == dict.fromkeys(NAMES, STAGES)
+    resumed, undisturbed = federation.release(job).release, replayed(federation, job)
+    assert resumed.weights_digest == undisturbed.weights_digest
+    assert resumed.counts == undisturbed.counts
+    assert resumed.contributions == undisturbed.contributions
+
+
+def test_a_watcher_that_fails_does_not_cost_a_round(federation):
+    job = federation.job(SPEC)
+
+    def report(progress):
+        if progress.stage == 2:
+            raise PowerCut
+
+    with federation.answers() as answers:
+        with pytest.raises(PowerCut):
+            federation.run(job, InProcessCohort(sites=answers), report=report)
+        stages = []
+        federation.run(job, InProcessCohort(sites=answers), report=lambda progress: stages.append(progress.stage))
+    assert stages == [3]
+    assert {len(federation.charges(site)) for site in NAMES} == {STAGES}
+
+
+def test_a_run_resumes_with_sites_that_were_restarted_too(federation):
+    job = federation.job(SPEC)
+    with federation.answers() as answers, pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        strike(patch, RunStore, "save", 1, after=False)
+        federation.run(job, InProcessCohort(sites=answers))
+    federation.run_in_process(job)
+    assert {len(federation.charges(site)) for site in NAMES} == {STAGES}
+    verify_federation(federation.root)
+
+
+def test_a_stage_that_was_closed_without_a_site_stays_without_it(federation):
+    """Closed in the ledger, not yet in the checkpoint; the site that was silent is back. The record must not change."""
+    job, late = federation.job(SPEC), NAMES[2]
+    with federation.answers() as answers:
+        cohort = Quiet(answers)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+            strike(patch, RoundLog, "close_round", 1, after=True)
+            federation.run(job, cohort, report=lambda _: cohort.silent.add(late))
+        cohort.silent.clear()
+        federation.run(job, cohort)
+    assert [charge.purpose for charge in federation.charges(late)] == ["centre", "evaluate"]
+    assert federation.release(job).release.contributions == {NAMES[0]: 3, NAMES[1]: 3, late: 2}
+    verify_federation(federation.root)
+
+
+def test_a_stage_that_was_closed_with_a_site_waits_for_it(federation):
+    job, gone = federation.job(SPEC), NAMES[2]
+    with federation.answers() as answers:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+            strike(patch, RunStore, "save", 1, after=False)
+            federation.run(job, Quiet(answers))
+        with pytest.raises((LedgerBroken, RoundFailed)):
+            federation.run(job, Quiet(answers, silent=[gone]))
+        federation.run(job, Quiet(answers))
+    assert {len(federation.charges(site)) for site in NAMES} == {STAGES}
+
+
+def test_a_finished_run_that_is_started_again_costs_nobody_anything(federation):
+    job = federation.job(SPEC)
+    first = federation.run_in_process(job).release
+    before = {site: federation.ledger(site).read_bytes() for site in NAMES}
+    again = federation.run_in_process(job).release
+    assert again.weights_digest == first.weights_digest
+    assert {site: federation.ledger(site).read_bytes() for site in NAMES} == before
+    verify_federation(federation.root)
+
+
+def test_a_checkpoint_of_another_job_is_refused(federation):
+    job, other = federation.job(SPEC), federation.job(SPEC, nonce="other")
+    federation.run_in_process(job)
+    with pytest.raises(DocumentRefused, match=f"belongs to job {job.digest[:16]}"):
+        federation.store(job).load(other)
+
+
+@pytest.mark.parametrize("harm", ["changed", "gone"])
+def test_a_damaged_checkpoint_is_refused_and_not_trained_on(federation, harm):
+    job = federation.job(SPEC)
+    federation.run_in_process(job)
+    (arrays,) = (federation.root / "jobs" / job.digest[:16] / "checkpoint").glob("*.safetensors")
+    if harm == "gone":
+        arrays.unlink()
+    else:
+        raw = arrays.read_bytes()
+        arrays.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(ModelRefused, match="checkpoint"):
+        federation.store(job).load(job)
