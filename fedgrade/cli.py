@@ -50,7 +50,10 @@ class _WithDoors(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Say what happens underneath.")
 def cli(*, verbose: bool) -> None:
     """Grade used equipment with one model that competitors train together, without pooling a photo."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    shown = logging.StreamHandler()
+    # On the handler too: libraries that set their own logger to DEBUG would pass the root's level by.
+    shown.setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(level=shown.level, format="%(levelname)s %(message)s", handlers=[shown], force=True)
 
 
 @cli.group(epilog="Example: fedgrade keys new key.pem")
