@@ -39,12 +39,13 @@ class Photos:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One training and test: the confusion table over all folds."""
+    """One training and test: confusion tables over all folds, by the cheapest decision and by the median grade."""
 
     setting: str
     epsilon: float | None
     seed: int
     counts: ConfusionCounts
+    median_counts: ConfusionCounts
 
 
 def load_photos(features: FloatArray) -> Photos:
@@ -88,13 +89,17 @@ def train(photos: Photos, chosen: npt.NDArray[np.bool_], spec: JobSpec, *, plan:
 
 def evaluate(
     photos: Photos, chosen: npt.NDArray[np.bool_], spec: JobSpec, head: tuple[FloatArray, FloatArray]
-) -> ConfusionCounts:
-    """Exact confusion counts on the ``chosen`` photos: a benchmark on public data, not a release."""
+) -> tuple[ConfusionCounts, ConfusionCounts]:
+    """Exact counts on the ``chosen`` photos, by the cheapest decision and by the median grade.
+
+    A benchmark on public data, not a release.
+    """
     weights, centre = head
-    decided = decide(grade_probabilities(weights, head_inputs(photos.features[chosen], centre)), spec.grading)
-    grades = spec.grading.grades
-    return ConfusionCounts.of(
-        item_rows(photos.grades[chosen], decided, grades=grades).sum(axis=0).reshape(grades, grades)
+    probabilities = grade_probabilities(weights, head_inputs(photos.features[chosen], centre))
+    median = np.minimum((probabilities.cumsum(axis=1) < 0.5).sum(axis=1), spec.grading.grades - 1)
+    return (
+        _counts(photos.grades[chosen], decide(probabilities, spec.grading), spec),
+        _counts(photos.grades[chosen], median, spec),
     )
 
 
@@ -102,7 +107,7 @@ def outcome(photos: Photos, spec: JobSpec, *, setting: str, epsilon: float | Non
     """One seed over all module-disjoint folds; ``alone`` trains each site by itself and tests it on every site."""
     rng = np.random.default_rng(seed)
     plan = None if epsilon is None else calibrate(_at(spec, epsilon), participants=len(elpv.RECYCLERS))
-    counts = ConfusionCounts.zero(spec.grading.grades)
+    counts = median_counts = ConfusionCounts.zero(spec.grading.grades)
     for fold in range(FOLDS):
         test, rest = photos.folds == fold, photos.folds != fold
         groups = {
@@ -112,11 +117,17 @@ def outcome(photos: Photos, spec: JobSpec, *, setting: str, epsilon: float | Non
         }[setting]
         for chosen, shares in groups:
             head = train(photos, chosen, spec, plan=plan, shares=shares, rng=rng)
-            counts = counts.merge(evaluate(photos, test, spec, head))
-    return Outcome(setting=setting, epsilon=epsilon, seed=seed, counts=counts)
+            cheapest, median = evaluate(photos, test, spec, head)
+            counts, median_counts = counts.merge(cheapest), median_counts.merge(median)
+    return Outcome(setting=setting, epsilon=epsilon, seed=seed, counts=counts, median_counts=median_counts)
 
 
 def _at(spec: JobSpec, epsilon: float) -> LocalSpec:
     if not isinstance(spec.privacy, LocalSpec):
         raise TypeError("the quality benchmark compares full-batch training")
     return replace(spec.privacy, target_epsilon=epsilon)
+
+
+def _counts(true: IntArray, decided: IntArray, spec: JobSpec) -> ConfusionCounts:
+    grades = spec.grading.grades
+    return ConfusionCounts.of(item_rows(true, decided, grades=grades).sum(axis=0).reshape(grades, grades))
