@@ -31,6 +31,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_id,
     get_object_tree,
+    no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
@@ -229,14 +230,16 @@ class FleetConnection:
             self._client.close()
 
     def _push(self, message: Message) -> None:
-        message.metadata.__dict__["_message_id"] = message.object_id
-        objects = get_all_nested_objects(message)
+        # Otherwise flwr hashes the whole reply anew whenever a name is asked for: a dozen times a push.
+        with no_object_id_recompute():
+            message.metadata.__dict__["_message_id"] = message.object_id
+            tree, objects = get_object_tree(message), get_all_nested_objects(message)
         response = self._call(
             self._client.PushMessages,
             PushMessagesRequest(
                 node=self._node,
                 messages_list=[message_to_proto(remove_content_from_message(message))],
-                message_object_trees=[get_object_tree(message)],
+                message_object_trees=[tree],
                 clientapp_runtime_list=[0.0],  # how long a site computes is no business of the SuperLink
             ),
         )
@@ -248,9 +251,10 @@ class FleetConnection:
         )
         wanted = set(response.objects_to_push)
         try:
-            push_object_contents_from_iterable(
-                ((name, item.deflate()) for name, item in objects.items() if name in wanted), push
-            )
+            with no_object_id_recompute():
+                push_object_contents_from_iterable(
+                    ((name, item.deflate()) for name, item in objects.items() if name in wanted), push
+                )
         except ObjectPushError as error:
             raise LinkRefused(f"SuperLink {self._access.address}: {error}") from error
 

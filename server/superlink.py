@@ -146,7 +146,9 @@ def run(settings: SuperLinkSettings) -> None:
     async def both() -> None:
         await asyncio.gather(admin.serve(), public.serve())
 
-    asyncio.run(both())
+    # uvicorn's own choice, uvloop where it is installed: plain asyncio is several times slower at TLS.
+    with asyncio.Runner(loop_factory=admin.config.get_loop_factory()) as runner:
+        runner.run(both())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -39,6 +39,7 @@ def test_flwr_is_the_version_that_was_read():
         (inflatable_object.get_all_nested_objects, "obj"),
         (inflatable_object.get_object_id, "object_content"),
         (inflatable_object.get_object_tree, "obj"),
+        (inflatable_object.no_object_id_recompute, ""),
         (inflatable_protobuf_utils.make_pull_object_fn_protobuf, "pull_object_protobuf node run_id"),
         (inflatable_protobuf_utils.make_push_object_fn_protobuf, "push_object_protobuf node run_id session_id"),
         (
