@@ -65,8 +65,9 @@ def quality(spec: JobSpec, *, cache: Path, docs: Path, seeds: int) -> str:
         f"{len(elpv.RECYCLERS)} recyclers; 5 module-disjoint folds; {seeds} noise seeds, mean ± standard deviation "
         "over seeds. QWK is that of the median grade, the field's usual reading; misses and mean cost are those of the "
         "product's decision, which minimises the expected cost of `conf/grading/solar_cells.yaml`. "
-        "*Pooled* is one party with all photos and one share of noise; *federated* has each recycler's own noise in full; *alone* is the average recycler with its own photos only, tested on everyone's. Rounds and "
-        "learning rate were chosen on these same public photos: read the order, not the third digit."
+        "*Pooled* is one party with all photos and one share of noise; *federated* has each recycler's own noise in "
+        "full; *alone* is the average recycler with its own photos only, tested on everyone's. Rounds and learning "
+        "rate were chosen on these same public photos: read the order, not the third digit."
     )
     return "\n".join([setup, "", *lines, "", "![Quality against privacy](quality.svg)"])
 
