@@ -5,7 +5,7 @@ network.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import numpy as np
@@ -38,11 +38,13 @@ class SiteRows:
         features: [photos, dimensions].
         item_index: [photos], the item each photo shows, counted from 0.
         grades: [items], positions on the scale.
+        batches: what the head sees of the training items, by the centre it was made for; rounds share one centre.
     """
 
     features: FloatArray
     item_index: IntArray
     grades: IntArray
+    batches: dict[bytes, ItemBatch] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return "SiteRows(<sensitive>)"
@@ -114,6 +116,15 @@ def _sgd_update(
 
 
 def _item_batch(rows: SiteRows, centre: FloatArray) -> ItemBatch:
+    """The items as the head sees them around ``centre``; made once for all rounds that share it."""
+    key = centre.tobytes()
+    if key not in rows.batches:
+        rows.batches.clear()
+        rows.batches[key] = _padded(rows, centre)
+    return rows.batches[key]
+
+
+def _padded(rows: SiteRows, centre: FloatArray) -> ItemBatch:
     """Items' photos side by side, padded with photos of weight zero to the item with most."""
     inputs = head_inputs(rows.features, centre)
     photos = np.bincount(rows.item_index, minlength=rows.items)
