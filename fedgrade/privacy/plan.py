@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedgrade.errors import JobRefused, PlanRefused
-from fedgrade.privacy.accounting import poisson_noise_multiplier, zcdp_epsilon, zcdp_rho
+from fedgrade.privacy.accounting import confirmed_epsilon, poisson_noise_multiplier, zcdp_epsilon, zcdp_rho
 from fedgrade.privacy.budget import Spending
 from fedgrade.trust.records import Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Purpose
 
@@ -156,18 +156,13 @@ def calibrate(spec: PrivacySpec, *, participants: int) -> PrivacyPlan:
     """The plan whose releases together cost each item at most ``spec.target_epsilon`` at ``spec.delta``.
 
     Raises:
-        PlanRefused: no noise is enough, or there are too few participants for the mode.
+        PlanRefused: no noise is enough, there are too few participants for the mode, or two accountants disagree.
     """
     if participants < MIN_PARTICIPANTS:
         raise PlanRefused(f"privacy: {participants} participants; federated training takes {MIN_PARTICIPANTS} or more")
-    match spec:
-        case LocalSpec():
-            rho = zcdp_rho(exact(spec.target_epsilon), delta=exact(spec.delta))
-            return _full_batch_plan(spec, rho, mode="local")
-        case DistributedSpec():
-            return _distributed_plan(spec, participants=participants)
-        case LocalSgdSpec():
-            return _sgd_plan(spec)
+    plan = _solved(spec, participants=participants)
+    _require_agreement(plan)
+    return plan
 
 
 def observer_epsilons(plan: PrivacyPlan, *, participants: int) -> ObserverEpsilons:
@@ -191,6 +186,29 @@ def observer_epsilons(plan: PrivacyPlan, *, participants: int) -> ObserverEpsilo
 def exact(number: float) -> Fraction:
     """The fraction that ``number`` spells in decimal: 0.1 is 1/10, as the person who wrote it meant."""
     return Fraction(repr(number))
+
+
+def _solved(spec: PrivacySpec, *, participants: int) -> PrivacyPlan:
+    match spec:
+        case LocalSpec():
+            rho = zcdp_rho(exact(spec.target_epsilon), delta=exact(spec.delta))
+            return _full_batch_plan(spec, rho, mode="local")
+        case DistributedSpec():
+            return _distributed_plan(spec, participants=participants)
+        case LocalSgdSpec():
+            return _sgd_plan(spec)
+
+
+def _require_agreement(plan: PrivacyPlan) -> None:
+    """Return if a second accountant confirms what the plan's integer noise costs each side of a site's items.
+
+    Poisson steps need none here: no epsilon of theirs is ever computed without one.
+    """
+    # A mixed account turns rho into epsilon with half of its delta.
+    delta = plan.delta / 2 if plan.composition == "mixed" else plan.delta
+    training = plan.charge_training(Spending(), job="plan").rho
+    for rho in (training, plan.evaluate.rho):
+        confirmed_epsilon(rho, delta=delta)
 
 
 def _full_batch_plan(
