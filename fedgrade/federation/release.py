@@ -6,7 +6,7 @@ Partners open a release before they use it; whoever does gets a verified value o
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgrade.errors import DocumentRefused, ModelRefused
+from fedgrade.errors import DocumentRefused, ModelRefused, SignatureRefused
 from fedgrade.evaluation import ConfusionCounts, GradingMetrics
 from fedgrade.federation.payloads import Head, read_head, write_head
 from fedgrade.federation.store import write_durably
@@ -63,7 +63,10 @@ def open_release(folder: Path, *, signed_by: PublicKey) -> OpenedRelease:
         DocumentRefused, SignatureRefused, ModelRefused: it is not such a release; nothing of it may be used.
     """
     raw = _read(folder / _DOCUMENT)
-    release = open_sealed(raw, as_=ModelRelease, signed_by=signed_by, what=f"release {folder}")
+    try:
+        release = open_sealed(raw, as_=ModelRelease, signed_by=signed_by, what=f"release {folder}")
+    except SignatureRefused as error:
+        raise SignatureRefused(f"release {folder}: {error}") from error
     weights = _read(folder / _WEIGHTS)
     if digest(weights) != release.weights_digest:
         raise ModelRefused(f"release {folder}: {_WEIGHTS} is not the file that was signed for")

@@ -118,10 +118,15 @@ class RunStore:
 
     def keep_receipts(self, stage: int, receipts: dict[SiteId, bytes]) -> None:
         """Store the receipts of one stage, one file a stage and site; the same stage again overwrites itself."""
+        name = f"{stage:05d}.json"
+        for stale in self._receipts.glob(f"*/{name}"):
+            # A site that answered before a crash and not after it is not counted.
+            if stale.parent.name not in receipts:
+                stale.unlink()
         for site, line in receipts.items():
             folder = self._receipts / site
             folder.mkdir(exist_ok=True)
-            write_durably(folder / f"{stage:05d}.json", line)
+            write_durably(folder / name, line)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -66,6 +66,7 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
     for job_digest in published:
         if job_digest not in rounds:
             raise LedgerBroken(f"job {job_digest[:16]}: the coordinator's ledger says it was released, but not trained")
+    _check_nothing_is_uncounted(folder / "jobs", rounds, published)
     jobs = {
         job_digest: _prove_job(folder, job_digest, closed, published, sites=sites, roster=trusted)
         for job_digest, closed in rounds.items()
@@ -93,7 +94,30 @@ def _coordinator_log(path: Path, roster: Roster) -> tuple[dict[str, list[RoundCl
                 published.setdefault(entry.body.job, set()).add(entry.body.release_digest)
             case _:
                 pass
+    if entries == 0:
+        raise LedgerBroken(f"ledger {path}: is empty; a ledger begins with a genesis entry")
     return rounds, published, entries
+
+
+def _check_nothing_is_uncounted(
+    jobs: Path, rounds: Mapping[str, list[RoundClosed]], published: Mapping[str, set[str]]
+) -> None:
+    """No receipt or release lies in the folder that the coordinator's ledger should know of and does not.
+
+    Only a ledger that was rolled back leaves such; or a run that was interrupted, which may leave the receipts of the
+    one stage that was open.
+    """
+    closed = {job_digest[:16]: len(stages) for job_digest, stages in rounds.items()}
+    released = {job_digest[:16] for job_digest in published}
+    for path in sorted(jobs.glob("*/receipts/*/*.json")):
+        if path.stem > f"{closed.get(path.parts[-4], 0):05d}":
+            raise LedgerBroken(f"receipt {path}: the coordinator's ledger has no such stage; it was rolled back")
+    for path in sorted(jobs.glob("*/release")):
+        if path.parent.name not in released:
+            raise LedgerBroken(
+                f"release {path}: the coordinator's ledger does not say that it was published; if its run was "
+                "interrupted, let it finish"
+            )
 
 
 def _prove_job(
@@ -111,13 +135,7 @@ def _prove_job(
         _check_receipts(where / "receipts", stage, body, sites=sites, roster=roster)
     _check_weight_chain(closed, where=f"job {job_digest[:16]}")
     release = None
-    if not published.get(job_digest):
-        if (where / "release").exists():
-            raise LedgerBroken(
-                f"release {where / 'release'}: the coordinator's ledger does not say that it was published; if its run "
-                "was interrupted, let it finish"
-            )
-    else:
+    if published.get(job_digest):
         release = open_release(where / "release", signed_by=roster.coordinator)
         if release.digest not in published[job_digest] or release.release.job.digest != job_digest:
             raise LedgerBroken(f"release {where}: is not the one that the coordinator's ledger says it published")
