@@ -157,11 +157,17 @@ class FleetConnection:
         Raises:
             LinkDown: no answer.
             LinkRefused: the node is no longer enrolled.
+            MessageRefused: what came is no message.
         """
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not response.messages_list or not response.message_object_trees:
             return None
-        return Parcel(message=message_from_proto(response.messages_list[0]), tree=response.message_object_trees[0])
+        try:
+            message = message_from_proto(response.messages_list[0])
+        except Exception as error:
+            # flwr's decoders raise whatever they meet in hostile bytes.
+            raise MessageRefused(f"message: unreadable ({type(error).__name__})") from error
+        return Parcel(message=message, tree=response.message_object_trees[0])
 
     def fetch(self, parcel: Parcel) -> bytes:
         """The bytes inside ``parcel``.

@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 # The wait between polls is a twentieth of the quiet so far: a round is delayed by 5 % at most, an idle site is silent.
 _POLL_SHARE: Final = 0.05
 _FIRST_RETRY_SECONDS: Final = 0.25
+_AWAY_SECONDS: Final = 1.0
 _REPLY_PATIENCE_SECONDS: Final = 120.0
 _MAX_CERTIFICATE_BYTES: Final = 256 * 1024
 _MIN_HEARTBEAT_SECONDS: Final = 10.0  # flwr.common.constant.HEARTBEAT_MIN_INTERVAL
@@ -136,6 +137,10 @@ def serve(link: NodeLink, answer: Answer, *, stop: threading.Event, on_state: On
         except LinkRefused as error:
             # Also what a node meets that came back too soon: its predecessor is still held for online.
             tell(LinkPhase.REFUSED, str(error))
+        except Exception:
+            # The node's last door: whatever a SuperLink or flwr comes up with, the site stays up for its operator.
+            logger.exception("link failed")
+            tell(LinkPhase.REFUSED, "unexpected failure; the log has the trace")
         if time.monotonic() - began > link.retry_cap_seconds:
             delay = _FIRST_RETRY_SECONDS
         stop.wait(delay)
@@ -166,10 +171,17 @@ def _one_connection(
     lost = threading.Event()
     heart = threading.Thread(target=_beat, args=(connection, link, lost), name="fleet-heartbeat", daemon=True)
     try:
-        node_id = connection.activate()
-        tell(LinkPhase.ONLINE, f"node {node_id} at {link.address}")
+        word = f"node {connection.activate()} at {link.address}"
+        tell(LinkPhase.ONLINE, word)
         heart.start()
-        _poll(connection, link, answer, stop=stop, lost=lost)
+        while not stop.is_set() and not lost.is_set():
+            try:
+                _poll(connection, link, answer, stop=stop, lost=lost, on_contact=lambda: tell(LinkPhase.ONLINE, word))
+            except LinkDown as error:
+                # Not a reason to sign on anew: a SuperLink that comes back still holds this node for online, and
+                # refuses whoever signs on in its name until the heartbeat has been missing for a while.
+                tell(LinkPhase.UNREACHABLE, str(error))
+                stop.wait(_AWAY_SECONDS)
     finally:
         lost.set()
         if heart.ident is not None:
@@ -190,8 +202,15 @@ def _beat(connection: FleetConnection, link: NodeLink, lost: threading.Event) ->
 
 
 def _poll(
-    connection: FleetConnection, link: NodeLink, answer: Answer, *, stop: threading.Event, lost: threading.Event
+    connection: FleetConnection,
+    link: NodeLink,
+    answer: Answer,
+    *,
+    stop: threading.Event,
+    lost: threading.Event,
+    on_contact: Callable[[], None],
 ) -> None:
+    """Answer one message after the other; polls fast after the last one, then ever more slowly."""
     last = time.monotonic() - link.idle_poll_seconds / _POLL_SHARE
     while not stop.is_set() and not lost.is_set():
         try:
@@ -199,6 +218,7 @@ def _poll(
         except MessageRefused as error:
             logger.warning("message dropped: %s", error)
             parcel = None
+        on_contact()
         if parcel is not None:
             _answer_one(connection, parcel, answer, stop)
             last = time.monotonic()
