@@ -6,8 +6,8 @@ from typing import Literal
 
 from fedgrade.federation.verification import FederationProof, JobProof
 from fedgrade.privacy.accounting import zcdp_epsilon
+from fedgrade.privacy.attack import AttackBound, bound_from_epsilon, bound_from_rho, bound_from_zcdp_epsilon
 from fedgrade.privacy.budget import Spending
-from fedgrade.report.attack import AttackBound, bound_from_epsilon, bound_from_rho, bound_from_zcdp_epsilon
 from fedgrade.report.words import area_text, delta_text, epsilon_text, share_text
 from fedgrade.trust.identity import SiteId
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedgrade.privacy.accounting import zcdp_epsilon
-from fedgrade.report.attack import (
+from fedgrade.privacy.attack import (
     FALSE_POSITIVE_RATE,
     bound_from_epsilon,
     bound_from_rho,
