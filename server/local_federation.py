@@ -12,7 +12,6 @@ from pathlib import Path
 
 import yaml
 
-from clients.configure import open_site
 from clients.settings import read_site
 from fedgrade.data import elpv
 from fedgrade.data.manifest import Split, read_manifest
@@ -82,6 +81,9 @@ class LocalFederation:
     @contextmanager
     def answers(self) -> Iterator[dict[SiteId, Answer]]:
         """Every site opened in this process, for a simulation or an in-process run; ledgers are held meanwhile."""
+        # Imported here: it brings torch in, which a deployment's own process has no use for.
+        from clients.configure import open_site  # noqa: PLC0415
+
         with ExitStack() as stack:
             answers: dict[SiteId, Answer] = {}
             for site in self.sites():
