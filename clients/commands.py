@@ -30,7 +30,7 @@ def up(site_file: Path) -> None:
 
     from clients.configure import open_site  # noqa: PLC0415
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = read_site(site_file)
     torch.set_num_threads(settings.settings.threads)
