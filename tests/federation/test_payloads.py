@@ -79,7 +79,7 @@ def test_a_head_with_a_number_that_is_none_is_refused(number):
 def test_a_release_is_taken_up_to_the_limit_and_not_beyond(purpose, sign):
     limit = largest_release(JOB, purpose, site=SITE)
     assert read_release(release_of(sign * limit, purpose), JOB, purpose, site=SITE)[-1] == sign * limit
-    with pytest.raises(ModelRefused, match="release of recycler-a: a number exceeds .*; no honest site sends that"):
+    with pytest.raises(ModelRefused, match=r"release of recycler-a: a number exceeds .*; no honest site sends that"):
         read_release(release_of(sign * (limit + 1), purpose), JOB, purpose, site=SITE)
 
 

@@ -63,7 +63,7 @@ def test_a_line_is_one_line():
 
 
 def test_noise_shares_never_leave_in_plain():
-    with pytest.raises(PolicyViolated, match="'distributed'.*use privacy.mode 'local'"):
+    with pytest.raises(PolicyViolated, match=r"'distributed'.*use privacy.mode 'local'"):
         require_hidden_uploads(planned(DISTRIBUTED), Summation.PLAIN)
     require_hidden_uploads(planned(DISTRIBUTED), Summation.IN_PROCESS)
     require_hidden_uploads(planned(), Summation.PLAIN)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from fedgrade.federation import messages
 from fedgrade.federation.messages import Admitted, Contribution, Refusal, Request
 from fedgrade.federation.payloads import Head, write_head
-from fedgrade.federation.policy import Policy
 from fedgrade.federation.releases import SiteRows
 from fedgrade.job import TrainingJob, plan_job
 from fedgrade.trust.canonical import digest, encode
@@ -96,7 +95,7 @@ def test_the_manifest_commitment_differs_from_site_to_site_and_reveals_no_digest
     ],
 )
 def test_a_job_that_breaks_a_rule_is_refused_and_leaves_nothing(federation, job, changed, line):
-    policy: Policy = replace(POLICY, **changed)
+    policy = replace(POLICY, **changed)
     with federation.site(policy=policy) as site:
         code, reason = refusal(federation, site, federation.admission(job))
     assert code == "policy"

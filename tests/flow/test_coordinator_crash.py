@@ -1,6 +1,7 @@
 """A coordinator that dies after every step: the run goes on from its checkpoint, and nobody pays twice for a round."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,18 +16,16 @@ from tests.federation.small_federation import NAMES, with_privacy
 SPEC = with_privacy(rounds=1)  # centre, one round, evaluation
 STAGES = 3
 STEPS = [
-    (owner, name, call, after)
-    for owner, name, calls in (
-        (rounds, "_advance", STAGES),
-        (RunStore, "keep_receipts", STAGES),
-        (RoundLog, "close_round", STAGES),
-        (RunStore, "save", STAGES),
-        (rounds, "publish", 1),
-        (RoundLog, "release", 1),
-    )
-    for call in range(calls)
-    for after in (False, True)
-]
+    *((owner, name, 1, after) for owner, name in (
+        (rounds, "_advance"), (RunStore, "keep_receipts"), (RoundLog, "close_round"), (RunStore, "save")
+    ) for after in (False, True)),
+    (RunStore, "save", 0, True),
+    (RunStore, "save", STAGES - 1, True),
+    *((owner, name, 0, after) for owner, name in (
+        (rounds, "publish"), (RoundLog, "release")
+    ) for after in (False, True)),
+]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class PowerCut(BaseException):
@@ -45,8 +44,16 @@ class Quiet:
         return self.inner.ask(heard, deadline_seconds=deadline_seconds)
 
 
-def strike(patch, owner, name, call, *, after):
+@contextmanager
+def power_cut(owner, name, call, *, after):
     """The power goes at the given call of ``name``, before or after it has done its work."""
+    with pytest.MonkeyPatch.context() as patch:
+        strike(patch, owner, name, call, after=after)
+        with pytest.raises(PowerCut):
+            yield
+
+
+def strike(patch, owner, name, call, *, after):
     real, calls = getattr(owner, name), iter(range(100))
 
     def cut(*arguments, **named):
@@ -77,8 +84,7 @@ def replayed(federation, job):
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(federation, owner, name, call, after):
     job = federation.job(SPEC)
     with federation.answers() as answers:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            strike(patch, owner, name, call, after=after)
+        with power_cut(owner, name, call, after=after):
             federation.run(job, InProcessCohort(sites=answers))
         federation.run(job, InProcessCohort(sites=answers))
 
@@ -109,8 +115,7 @@ def test_a_watcher_that_fails_does_not_cost_a_round(federation):
 
 def test_a_run_resumes_with_sites_that_were_restarted_too(federation):
     job = federation.job(SPEC)
-    with federation.answers() as answers, pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-        strike(patch, RunStore, "save", 1, after=False)
+    with federation.answers() as answers, power_cut(RunStore, "save", 1, after=False):
         federation.run(job, InProcessCohort(sites=answers))
     federation.run_in_process(job)
     assert {len(federation.charges(site)) for site in NAMES} == {STAGES}
@@ -122,8 +127,7 @@ def test_a_stage_that_was_closed_without_a_site_stays_without_it(federation):
     job, late = federation.job(SPEC), NAMES[2]
     with federation.answers() as answers:
         cohort = Quiet(answers)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            strike(patch, RoundLog, "close_round", 1, after=True)
+        with power_cut(RoundLog, "close_round", 1, after=True):
             federation.run(job, cohort, report=lambda _: cohort.silent.add(late))
         cohort.silent.clear()
         federation.run(job, cohort)
@@ -135,8 +139,7 @@ def test_a_stage_that_was_closed_without_a_site_stays_without_it(federation):
 def test_a_stage_that_was_closed_with_a_site_waits_for_it(federation):
     job, gone = federation.job(SPEC), NAMES[2]
     with federation.answers() as answers:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            strike(patch, RunStore, "save", 1, after=False)
+        with power_cut(RunStore, "save", 1, after=False):
             federation.run(job, Quiet(answers))
         with pytest.raises((LedgerBroken, RoundFailed)):
             federation.run(job, Quiet(answers, silent=[gone]))

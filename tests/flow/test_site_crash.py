@@ -1,5 +1,6 @@
-"""A power cut at every line between reserve and reply: what was charged stays charged, and nothing is released twice."""
+"""A power cut at every line from request to reply: what was charged stays charged, and nothing is released twice."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from fedgrade.trust.records import Commit
 from tests.federation.small_federation import NAMES, ask
 
 SITE = NAMES[0]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class PowerCut(BaseException):
@@ -32,15 +34,20 @@ class Line:
     def __str__(self):
         return f"{'after' if self.after else 'before'} {self.name}"
 
-    def strike(self, patch):
+    @contextmanager
+    def cut(self):
+        """The power goes at this line, whatever the block does next."""
         real = getattr(self.owner, self.name)
 
-        def cut(*arguments, **named):
+        def line(*arguments, **named):
             if self.after:
                 real(*arguments, **named)
             raise PowerCut
 
-        patch.setattr(self.owner, self.name, cut)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.owner, self.name, line)
+            with pytest.raises(PowerCut):
+                yield
 
 
 LINES = [
@@ -64,8 +71,7 @@ def test_after_a_power_cut_the_charge_stands_if_it_was_on_disk_and_the_next_atte
     question, further = (federation.question(job, ask(purpose, 0, attempt)) for attempt in range(2))
     with federation.site() as site:
         site.answer(federation.admission(job))
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            line.strike(patch)
+        with line.cut():
             site.answer(question)
 
     prove_site(federation.ledger(SITE), site=SITE, roster=federation.roster)
@@ -92,8 +98,7 @@ def test_after_a_power_cut_the_charge_stands_if_it_was_on_disk_and_the_next_atte
 @pytest.mark.parametrize("after", [False, True])
 def test_after_a_power_cut_during_admission_the_job_can_be_shown_again(federation, owner, name, after):
     job = federation.job()
-    with federation.site() as site, pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-        Line(owner=owner, name=name, after=after, charged=False).strike(patch)
+    with federation.site() as site, Line(owner=owner, name=name, after=after, charged=False).cut():
         site.answer(federation.admission(job))
     with federation.site() as site:
         assert federation.opened(site.answer(federation.admission(job))).document.body.kind == "admitted"
@@ -108,8 +113,7 @@ def test_a_reservation_torn_in_the_middle_was_never_made(federation, share):
     with federation.site() as site:
         site.answer(federation.admission(job))
         whole = ledger.stat().st_size
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            LINES[3].strike(patch)
+        with LINES[3].cut():
             site.answer(question)
     with ledger.open("r+b") as file:
         file.truncate(whole + int(share * (ledger.stat().st_size - whole)))
