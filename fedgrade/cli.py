@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import fedgrade
@@ -88,6 +89,8 @@ def verify(folder: Path, roster: Path | None) -> None:
     for job in proof.jobs.values():
         release = f"release {job.release.digest[:16]}" if job.release else "not released"
         console.print(f"job {job.job.spec.name} {job.job.digest[:16]}: {len(job.rounds)} stages, {release}")
+        for site in sorted(set(job.job.participants) - set(proof.sites)):
+            console.print(f"[bold]{site} took part, and its ledger is not here: its charges are not proved.[/bold]")
     console.print(f"[bold]{proof.entries} entries, every signature, chain, charge and receipt holds.[/bold]")
     if roster is None:
         console.print("The roster came from the folder itself; compare its keys with ones you trust, or give --roster.")
@@ -119,7 +122,8 @@ def grade(release: Path, roster: Path | None, cache: Path | None, photos: tuple[
     table = Table("photo", "grade", "confidence", "expected cost", box=None)
     for each in graded:
         style = "bold red" if each.critical else ""
-        table.add_row(each.photo.name, each.grade, f"{each.confidence:.0%}", f"{each.expected_cost:.2f}", style=style)
+        cells = (_shown(each.photo.name), _shown(each.grade), f"{each.confidence:.0%}", f"{each.expected_cost:.2f}")
+        table.add_row(*cells, style=style)
     Console().print(table)
 
 
@@ -128,7 +132,11 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except FedgradeError as error:
-        click.echo(f"fedgrade: {error}", err=True)
+        click.echo(f"fedgrade: {_printable(str(error))}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"fedgrade: {_printable(f'{where}{error.strerror or error}')}", err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()
@@ -167,13 +175,23 @@ def _roster_beside(release: Path) -> Path:
     return release.resolve().parents[2] / "roster.json"
 
 
+def _printable(text: str) -> str:
+    """``text`` as one line that cannot steer a terminal; names in ledgers are whatever their writers chose."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _shown(text: str) -> str:
+    """``text`` as rich shows it letter by letter."""
+    return escape(_printable(text))
+
+
 def _spending_table(proof: FederationProof) -> Table:
     table = Table("account", "epsilon spent", "ceiling", "delta", "charges", box=None, title="Privacy spent, per item")
     for site, ledger in proof.sites.items():
         for key, account in ledger.accounts.items():
             mine = [charge for charge in ledger.charges.values() if charge.reserve.account == key]
             table.add_row(
-                f"{site}/{key.lineage}/{key.cohort}/{key.partition}",
+                _shown(f"{site}/{key.lineage}/{key.cohort}/{key.partition}"),
                 printed(account.epsilon),
                 f"{float(account.dataset.epsilon_limit):.2f}",
                 f"{float(account.dataset.delta):g}",
