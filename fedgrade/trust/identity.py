@@ -6,6 +6,7 @@ Knows nothing of what is signed. Flower's own node keys (EC P-384) are transport
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NewType
 
@@ -47,7 +48,7 @@ class PublicKey:
     @property
     def key_id(self) -> str:
         """SHA-256 of the raw key: what an envelope names its signer by."""
-        return digest(bytes.fromhex(self.hexadecimal))
+        return _key_id(self.hexadecimal)
 
     def verify(self, signature: bytes, message: bytes) -> None:
         """Return if ``signature`` is this key's over ``message``.
@@ -56,9 +57,20 @@ class PublicKey:
             SignatureRefused: it is not.
         """
         try:
-            Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.hexadecimal)).verify(signature, message)
+            _loaded(self.hexadecimal).verify(signature, message)
         except InvalidSignature as error:
             raise SignatureRefused(f"signature does not match key {self.hexadecimal[:16]}…") from error
+
+
+# A ledger asks for the same key a hundred thousand times. Bounded, because key texts may come from anyone.
+@lru_cache(maxsize=1024)
+def _loaded(hexadecimal: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(hexadecimal))
+
+
+@lru_cache(maxsize=1024)
+def _key_id(hexadecimal: str) -> str:
+    return digest(bytes.fromhex(hexadecimal))
 
 
 class SigningKey:

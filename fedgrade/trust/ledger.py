@@ -9,9 +9,13 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import BinaryIO, Literal, Self
 
@@ -23,7 +27,10 @@ from fedgrade.trust.records import Body, Genesis
 
 MAX_ENTRY_BYTES = 2**18
 GENESIS_PREVIOUS = "0" * 64
-_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00")
+_READERS = 3  # threads; with more, they wait for the interpreter's lock
+_CHUNK_LINES = 128
+_CHUNK_BYTES = 2**20
+UTC_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +79,8 @@ def read_ledger(path: Path, *, key: PublicKey) -> Iterator[Entry]:
 def read_lines(path: Path, *, key: PublicKey) -> Iterator[tuple[bytes, Entry]]:
     """Like :func:`read_ledger`, each entry with the line that carries it, which is what a receipt repeats."""
     with _opened(path) as file:
-        head = Head()
-        for line in iter(lambda: file.readline(MAX_ENTRY_BYTES), b""):
-            entry = _verified(line, follows=head, key=key, path=path)
-            raw = line.removesuffix(b"\n")
-            head = head.after(entry, raw)
-            yield raw, entry
+        for line, entry, _ in _verified(_lines(file), follows=Head(), key=key, path=path):
+            yield line, entry
 
 
 def open_receipt(line: bytes, *, key: PublicKey) -> Entry:
@@ -218,16 +221,21 @@ def _sync_directory(folder: Path) -> None:
 
 def _replayed(path: Path, descriptor: int, *, key: PublicKey, observe: Callable[[Entry], None]) -> Head:
     head, whole = Head(), 0
+
+    def take(lines: Iterable[bytes]) -> None:
+        nonlocal head, whole
+        for line, entry, after in _verified(lines, follows=head, key=key, path=path):
+            observe(entry)
+            head, whole = after, whole + len(line) + 1
+
     with _opened(path) as file:
-        for line in iter(lambda: file.readline(MAX_ENTRY_BYTES), b""):
-            torn = not line.endswith(b"\n") and file.read(1) == b""
-            remains = _mended(path, descriptor, line, whole=whole) if torn else line
-            if remains:
-                entry = _verified(remains, follows=head, key=key, path=path)
-                observe(entry)
-                head, whole = head.after(entry, remains.removesuffix(b"\n")), whole + len(remains)
-            if torn:  # nothing follows; reading on would meet the newline just added
-                break
+        take(takewhile(lambda line: line.endswith(b"\n"), _lines(file)))
+        # Only now, with everything before it found whole, is the last line touched; more than one line is left as is.
+        file.seek(whole)
+        remains = file.readline(MAX_ENTRY_BYTES)
+        if remains and file.read(1) == b"":
+            remains = _mended(path, descriptor, remains, whole=whole)
+    take([remains] if remains else [])
     return head
 
 
@@ -263,21 +271,79 @@ def _end_of_envelope(line: bytes) -> int:
         return 0
 
 
-def _verified(line: bytes, *, follows: Head, key: PublicKey, path: Path) -> Entry:
-    where = f"ledger {path}: entry {follows.entries}"
-    if not line.endswith(b"\n"):
-        raise LedgerBroken(f"{where}: torn or longer than {MAX_ENTRY_BYTES} bytes")
-    raw = line.removesuffix(b"\n")
-    try:
-        entry = open_sealed(raw, as_=Entry, signed_by=key, limit=MAX_ENTRY_BYTES)
-    except FedgradeError as error:
-        raise LedgerBroken(f"{where}: {error}") from error
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of ``file``, each with its newline; one over the limit comes cut, without one."""
+    return iter(lambda: file.readline(MAX_ENTRY_BYTES), b"")
+
+
+def _verified(
+    lines: Iterable[bytes], *, follows: Head, key: PublicKey, path: Path
+) -> Iterator[tuple[bytes, Entry, Head]]:
+    """Each line without its newline, what it says, and the head after it, in order; the first broken one is named."""
+    head = follows
+    for line, opened in _opened_ahead(lines, key=key):
+        where = f"ledger {path}: entry {head.entries}"
+        if not line.endswith(b"\n"):
+            raise LedgerBroken(f"{where}: torn or longer than {MAX_ENTRY_BYTES} bytes")
+        if isinstance(opened, FedgradeError):
+            raise LedgerBroken(f"{where}: {opened}") from opened
+        _check_place(opened, follows=head, key=key, where=where)
+        raw = line.removesuffix(b"\n")
+        head = head.after(opened, raw)
+        yield raw, opened, head
+
+
+def _opened_ahead(lines: Iterable[bytes], *, key: PublicKey) -> Iterator[tuple[bytes, Entry | FedgradeError]]:
+    """Each line with the entry signed in it, or with why there is none; in order, some hundred lines ahead.
+
+    Most of the time goes into signatures. They need no other line, and the interpreter is free while one is checked;
+    what needs the lines in order is left to the caller.
+    """
+    open_chunk = partial(_opened_chunk, key=key)
+    chunks = _chunks(lines)
+    # The first chunk here: most ledgers are no longer, and start no thread.
+    for chunk in islice(chunks, 1):
+        yield from open_chunk(chunk)
+    with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="ledger") as readers:
+        ahead = deque(readers.submit(open_chunk, chunk) for chunk in islice(chunks, _READERS + 1))
+        while ahead:
+            opened = ahead.popleft().result()
+            ahead.extend(readers.submit(open_chunk, chunk) for chunk in islice(chunks, 1))
+            yield from opened
+
+
+def _opened_chunk(lines: list[bytes], *, key: PublicKey) -> list[tuple[bytes, Entry | FedgradeError]]:
+    opened: list[tuple[bytes, Entry | FedgradeError]] = []
+    for line in lines:
+        try:
+            entry = open_sealed(line.removesuffix(b"\n"), as_=Entry, signed_by=key, limit=MAX_ENTRY_BYTES)
+        except FedgradeError as error:
+            # What follows a broken line is never believed, so that nothing is lost by stopping here.
+            return [*opened, (line, error)]
+        opened.append((line, entry))
+    return opened
+
+
+def _chunks(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """``lines`` in lists of ``_CHUNK_LINES``, or fewer where they are long, so that memory stays bounded."""
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line)
+        if len(chunk) == _CHUNK_LINES or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _check_place(entry: Entry, *, follows: Head, key: PublicKey, where: str) -> None:
     if entry.sequence != follows.entries or entry.previous != follows.digest:
         raise LedgerBroken(f"{where}: does not follow the entry before it; one was removed, added or moved")
-    if not _TIME.fullmatch(entry.time) or entry.time < follows.time:
+    if not UTC_TIME.fullmatch(entry.time) or entry.time < follows.time:
         raise LedgerBroken(f"{where}: its time {entry.time[:40]!r} is no UTC time at or after the entry before it")
     if isinstance(entry.body, Genesis) != (entry.sequence == 0):
         raise LedgerBroken(f"{where}: a ledger begins with its one genesis entry")
     if isinstance(entry.body, Genesis) and entry.body.key != key:
         raise LedgerBroken(f"{where}: names another key than the one that signs it")
-    return entry
