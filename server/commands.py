@@ -112,7 +112,7 @@ def _run(console: Console, federation: LocalFederation, job: TrainingJob, *, eng
         f"{job.plan.rounds} rounds"
     )
     with progress_board(console, stages=len(stages_of(job))) as board:
-        run_engine(engine, federation, watch=board.watch, note=board.note)
+        run_engine(engine, federation, board)
     proof = verify_federation(federation.root, roster=federation.coordinator.read_roster())
     _summarise(console, proof, job, federation, shown=shown, seconds=time.monotonic() - began)
 
@@ -151,9 +151,10 @@ def _summarise(
     console.print(f"{proof.entries} ledger entries verified; {seconds:.0f} s in all")
     console.print(
         "\nNext:\n"
-        f"  fedgrade verify {shown}                      check all of this offline\n"
-        f"  fedgrade grade --model {release} PHOTO…      grade a photo\n"
-        f"  fedgrade run experiment=pilot privacy.target_epsilon=2    a federation whose ledgers remember"
+        f"  fedgrade verify {shown}\n"
+        f"  fedgrade grade --model {release} PHOTO.png\n"
+        "  fedgrade run experiment=pilot privacy.target_epsilon=2\n"
+        "The last one starts a federation whose ledgers remember: run it until a partner's budget refuses."
     )
 
 

@@ -37,6 +37,15 @@ class ProgressBoard:
         self._console.print(f"{self._elapsed()}  {line}")
         self._bar.update(self._task, description=line)
 
+    def features(self, percent: int) -> None:
+        """Sites have features of this share of their photos; the first time, this is the longest part."""
+        line = f"features of photos: {percent} %"
+        self._bar.update(self._task, description=line)
+        now = time.monotonic()
+        if not self._console.is_terminal and percent and now - self._last_line > LINE_EVERY_SECONDS:
+            self._last_line = now
+            self._console.print(f"{self._elapsed()}  {line}")
+
     def watch(self, progress: StageProgress) -> None:
         """A stage is finished."""
         sites = f"{progress.answered} of {progress.participants} sites"
@@ -48,15 +57,16 @@ class ProgressBoard:
             return
         self._last_line = now
         line = f"{self._elapsed()}  stage {progress.stage} of {progress.stages}: {progress.purpose}, {sites}"
-        self._console.print(line if last else f"{line}, about {self._left(progress, now)} left")
+        known = progress.stage > 1 and not last
+        self._console.print(f"{line}, about {self._left(progress, now)} left" if known else line)
 
     def _elapsed(self) -> str:
         return _minutes(time.monotonic() - self._began)
 
     def _left(self, progress: StageProgress, now: float) -> str:
         # From the first finished stage on: what came before it (start-up, features) is not repeated.
-        done = progress.stage - 1
-        return _minutes((now - self._first_stage) / done * (progress.stages - progress.stage)) if done else "?:??"
+        done = progress.stage - 1  # the first stage is where the clock starts
+        return _minutes((now - self._first_stage) / done * (progress.stages - progress.stage))
 
 
 @contextmanager

@@ -112,14 +112,26 @@ def _round_seconds(spec: JobSpec, engine: str, cache: Path) -> list[float]:
             Path(folder) / "federation", scale=spec.grading, data=spec.data, terms=terms, cache=cache
         )
         federation.coordinator.put_job(plan_job(spec, declared_items=federation.declared_items(), nonce="0" * 32))
-        stamps: list[float] = []
+        stopwatch = _Stopwatch()
+        run_engine(engine, federation, stopwatch)
+    return [after - before for before, after in itertools.pairwise(stopwatch.stamps)]
 
-        def watch(progress: Progress) -> None:
-            if progress.purpose == "train":
-                stamps.append(time.monotonic())
 
-        run_engine(engine, federation, watch=watch, note=lambda _: None)
-    return [after - before for before, after in itertools.pairwise(stamps)]
+class _Stopwatch:
+    """Notes when each training round ended."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def note(self, line: str) -> None:
+        pass
+
+    def features(self, percent: int) -> None:
+        pass
+
+    def watch(self, progress: Progress) -> None:
+        if progress.purpose == "train":
+            self.stamps.append(time.monotonic())
 
 
 def _features(spec: JobSpec, cache: Path) -> np.ndarray:
