@@ -10,7 +10,7 @@ from fedgrade.privacy.budget import Ceiling, Spending, require_within
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SiteId
-from fedgrade.trust.ledger import Entry, read_lines
+from fedgrade.trust.ledger import GENESIS_PREVIOUS, Entry, read_lines
 from fedgrade.trust.records import (
     Abort,
     AccountKey,
@@ -24,6 +24,7 @@ from fedgrade.trust.records import (
     Reserve,
     RoundClosed,
 )
+from fedgrade.trust.transparency import MerkleTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,16 @@ class AccountProof:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteProof:
-    """Everything that one site's ledger proves. ``charges`` are by ledger sequence number, in order."""
+    """Everything that one site's ledger proves. ``charges`` are by ledger sequence number, in order.
+
+    ``head`` is the digest of the last line and ``root`` that of the tree over all of them, as in a
+    :class:`~fedgrade.trust.transparency.TreeHead`; either stands for the whole ledger.
+    """
 
     site: SiteId
     entries: int
     head: str
+    root: str
     accounts: dict[AccountKey, AccountProof]
     charges: dict[int, Charge]
     jobs: dict[str, TrainingJob]
@@ -76,16 +82,16 @@ def prove_site(path: Path, *, site: SiteId, roster: Roster) -> SiteProof:
         LedgerBroken: names the first entry that is not what it must be.
     """
     reading = _Reading(site=site, roster=roster)
-    head, entries = "0" * 64, 0
+    head, tree = GENESIS_PREVIOUS, MerkleTree()
     for line, entry in read_lines(path, key=roster.key_of(site)):
+        head, tree = digest(line), tree.after(line)
         try:
-            reading.take(entry, line_digest=digest(line))
+            reading.take(entry, line_digest=head)
         except FedgradeError as error:
             raise LedgerBroken(f"ledger {path}: entry {entry.sequence}: {error}") from error
-        head, entries = digest(line), entries + 1
-    if entries == 0:
+    if tree.entries == 0:
         raise LedgerBroken(f"ledger {path}: is empty; a ledger begins with a genesis entry")
-    return reading.proof(entries=entries, head=head)
+    return reading.proof(head=head, tree=tree)
 
 
 @dataclass
@@ -122,7 +128,7 @@ class _Reading:
             case RoundClosed() | Released():
                 raise LedgerBroken("a coordinator's entry in a site's ledger")
 
-    def proof(self, *, entries: int, head: str) -> SiteProof:
+    def proof(self, *, head: str, tree: MerkleTree) -> SiteProof:
         accounts = {
             account: AccountProof(
                 dataset=self._dataset(account),
@@ -135,8 +141,9 @@ class _Reading:
         }
         return SiteProof(
             site=self.site,
-            entries=entries,
+            entries=tree.entries,
             head=head,
+            root=tree.root.hex(),
             accounts=accounts,
             charges=self.charges,
             jobs=self.jobs,

@@ -20,8 +20,9 @@ from fedgrade.privacy.accounting import zcdp_epsilon
 from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
-from fedgrade.trust.ledger import open_receipt, read_ledger
+from fedgrade.trust.ledger import GENESIS_PREVIOUS, open_receipt, read_lines
 from fedgrade.trust.records import Commit, DiscreteGaussian, Released, RoundClosed
+from fedgrade.trust.transparency import MerkleTree
 
 MAX_RECEIPT_BYTES = 2**18
 
@@ -38,12 +39,26 @@ class JobProof:
 
 @dataclass(frozen=True, kw_only=True)
 class FederationProof:
-    """Everything that a folder proves."""
+    """Everything that a folder proves. ``entries`` are those of all ledgers together.
+
+    The coordinator's ledger has a head and a tree's root like every site's; :class:`SiteProof` says what they are.
+    """
 
     roster: Roster
     sites: dict[SiteId, SiteProof]
     jobs: dict[str, JobProof]
     entries: int
+    coordinator_head: str
+    coordinator_entries: int
+    coordinator_root: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CoordinatorLog:
+    rounds: dict[str, list[RoundClosed]]
+    published: dict[str, set[str]]
+    head: str
+    tree: MerkleTree
 
 
 def verify_federation(folder: Path, *, roster: Roster | None = None) -> FederationProof:
@@ -62,18 +77,25 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
     sites = {site: prove_site(path, site=site, roster=trusted) for site, path in _site_ledgers(folder)}
     if not sites:
         raise DocumentRefused(f"{folder}: no sites/<site>/ledger.jsonl here; give the folder of a federation")
-    rounds, published, entries = _coordinator_log(folder / "coordinator" / "ledger.jsonl", trusted)
-    for job_digest in published:
-        if job_digest not in rounds:
+    log = _coordinator_log(folder / "coordinator" / "ledger.jsonl", trusted)
+    for job_digest in log.published:
+        if job_digest not in log.rounds:
             raise LedgerBroken(f"job {job_digest[:16]}: the coordinator's ledger says it was released, but not trained")
-    _check_nothing_is_uncounted(folder / "jobs", rounds, published)
+    _check_nothing_is_uncounted(folder / "jobs", log.rounds, log.published)
     jobs = {
-        job_digest: _prove_job(folder, job_digest, closed, published, sites=sites, roster=trusted)
-        for job_digest, closed in rounds.items()
+        job_digest: _prove_job(folder, job_digest, closed, log.published, sites=sites, roster=trusted)
+        for job_digest, closed in log.rounds.items()
     }
     _require_counterparts(sites, jobs)
-    total = entries + sum(proof.entries for proof in sites.values())
-    return FederationProof(roster=trusted, sites=sites, jobs=jobs, entries=total)
+    return FederationProof(
+        roster=trusted,
+        sites=sites,
+        jobs=jobs,
+        entries=log.tree.entries + sum(proof.entries for proof in sites.values()),
+        coordinator_head=log.head,
+        coordinator_entries=log.tree.entries,
+        coordinator_root=log.tree.root.hex(),
+    )
 
 
 def _site_ledgers(folder: Path) -> Iterator[tuple[SiteId, Path]]:
@@ -81,12 +103,12 @@ def _site_ledgers(folder: Path) -> Iterator[tuple[SiteId, Path]]:
         yield site_id(path.parent.name), path
 
 
-def _coordinator_log(path: Path, roster: Roster) -> tuple[dict[str, list[RoundClosed]], dict[str, set[str]], int]:
+def _coordinator_log(path: Path, roster: Roster) -> _CoordinatorLog:
     rounds: dict[str, list[RoundClosed]] = {}
     published: dict[str, set[str]] = {}
-    entries = 0
-    for entry in read_ledger(path, key=roster.coordinator):
-        entries += 1
+    head, tree = GENESIS_PREVIOUS, MerkleTree()
+    for line, entry in read_lines(path, key=roster.coordinator):
+        head, tree = digest(line), tree.after(line)
         match entry.body:
             case RoundClosed():
                 rounds.setdefault(entry.body.job, []).append(entry.body)
@@ -94,9 +116,9 @@ def _coordinator_log(path: Path, roster: Roster) -> tuple[dict[str, list[RoundCl
                 published.setdefault(entry.body.job, set()).add(entry.body.release_digest)
             case _:
                 pass
-    if entries == 0:
+    if tree.entries == 0:
         raise LedgerBroken(f"ledger {path}: is empty; a ledger begins with a genesis entry")
-    return rounds, published, entries
+    return _CoordinatorLog(rounds=rounds, published=published, head=head, tree=tree)
 
 
 def _check_nothing_is_uncounted(

@@ -99,11 +99,14 @@ def _model_rows(job: TrainingJob) -> tuple[tuple[str, str], ...]:
 
 
 def _key_rows(proof: FederationProof) -> tuple[KeyRow, ...]:
-    rows = [KeyRow(name="coordinator", fingerprint=grouped(proof.roster.coordinator.key_id), entries="", head="")]
-    own = proof.entries - sum(site.entries for site in proof.sites.values())
-    rows[0] = KeyRow(
-        name="coordinator", fingerprint=grouped(proof.roster.coordinator.key_id), entries=f"{own:,}", head=""
-    )
+    rows = [
+        KeyRow(
+            name="coordinator",
+            fingerprint=grouped(proof.roster.coordinator.key_id),
+            entries=f"{proof.coordinator_entries:,}",
+            head=grouped(proof.coordinator_head),
+        )
+    ]
     for name, key in sorted(proof.roster.sites.items()):
         site = proof.sites.get(name)
         rows.append(

@@ -17,7 +17,9 @@ from fedgrade.grading import GradeScale
 from fedgrade.privacy.accounting import printed, zcdp_epsilon
 from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec
 from fedgrade.report import privacy_report, write_report
+from fedgrade.trust.canonical import digest as digest_of
 from fedgrade.trust.identity import SigningKey, read_roster
+from fedgrade.trust.transparency import leaf_hash, tree_over
 
 NOW = datetime(2026, 3, 3, 12, 0, tzinfo=UTC)
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -125,6 +127,25 @@ def test_fingerprints_are_printed_in_full(troubled_folder, troubled_page):
         job.release.digest for job in proof.jobs.values()
     )):  # fmt: skip
         assert digest in squeezed
+
+
+def test_every_ledger_is_named_by_its_head_the_coordinators_too(troubled_folder, troubled_page):
+    proof, text = verify_federation(troubled_folder), Page(troubled_page).text
+    sites = {name: (site.head, site.entries) for name, site in proof.sites.items()}
+    for name, (head, entries) in {"coordinator": (proof.coordinator_head, proof.coordinator_entries), **sites}.items():
+        row = text[text.index(f" {name} ", text.index("Ledger head")) :].replace(" ", "")
+        assert f"{head}after{entries}entries" in row[:300]
+    assert proof.coordinator_entries + sum(entries for _, entries in sites.values()) == proof.entries
+
+
+def test_roots_and_heads_of_the_proof_are_those_of_the_lines_on_disk(troubled_folder):
+    proof = verify_federation(troubled_folder)
+    found = {f"sites/{name}": (site.head, site.entries, site.root) for name, site in proof.sites.items()}
+    found["coordinator"] = (proof.coordinator_head, proof.coordinator_entries, proof.coordinator_root)
+    for folder, (head, entries, root) in found.items():
+        lines = (troubled_folder / folder / "ledger.jsonl").read_bytes().splitlines()
+        assert (head, entries) == (digest_of(lines[-1]), len(lines))
+        assert root == tree_over(leaf_hash(line) for line in lines).root.hex()
 
 
 def test_the_page_says_where_the_roster_came_from(troubled_folder, troubled_page):
