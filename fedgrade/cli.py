@@ -1,6 +1,6 @@
 """The command line. Every command is a few lines over a room below; the doors add theirs through entry points.
 
-``verify`` and ``report`` need the base install alone: neither torch nor Flower is imported for them.
+``verify``, ``report`` and ``budget`` need the base install alone: neither torch nor Flower is imported for them.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fedgrade
+from fedgrade.budget_command import budget
 from fedgrade.errors import FedgradeError
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.privacy.accounting import printed
@@ -55,6 +56,9 @@ def cli(*, verbose: bool) -> None:
     # On the handler too: libraries that set their own logger to DEBUG would pass the root's level by.
     shown.setLevel(logging.INFO if verbose else logging.WARNING)
     logging.basicConfig(level=shown.level, format="%(levelname)s %(message)s", handlers=[shown], force=True)
+
+
+cli.add_command(budget)
 
 
 @cli.group(epilog="Example: fedgrade keys new key.pem")

@@ -1,0 +1,315 @@
+"""What a job would cost, leave and be refused for, told before anything runs. Reads no photo and writes no ledger.
+
+The rules asked are the ones that decide when the job comes: a site's policy through :func:`policy.admit`, its accounts
+through :func:`budget.require_within`, its terms through :func:`charging.require_same_terms`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+
+from fedgrade.errors import FedgradeError
+from fedgrade.evaluation import ConfusionCounts, GradingMetrics, metrics
+from fedgrade.federation.charging import require_same_terms
+from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
+from fedgrade.federation.site_proof import SiteProof
+from fedgrade.federation.verification import FederationProof
+from fedgrade.grading import GradeScale
+from fedgrade.job import TrainingJob
+from fedgrade.privacy.attack import AttackBound, bound_from_epsilon, bound_from_zcdp_epsilon
+from fedgrade.privacy.budget import Ceiling, Spending, require_within
+from fedgrade.privacy.grid import from_grid
+from fedgrade.privacy.plan import ObserverEpsilons, PrivacyPlan, observer_epsilons
+from fedgrade.trust.identity import SiteId
+from fedgrade.trust.records import AccountKey, Composition, DatasetOpened, Partition
+
+_PARTITIONS: tuple[Partition, ...] = ("train", "test")
+_DRAWS = 1000
+_FALL_OFF = 4.0  # how much rarer a decision is for each further step from the truth, in a table made up
+_GAUSSIAN_POINTS, _POISSON_POINTS = 60, 8  # of a path; one with Poisson steps takes a second each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """One site before the job, as its own files have it.
+
+    Attributes:
+        policy: its policy file; None where only its ledger, or nothing, is at hand.
+        proof: what its ledger proves; None where it has none yet.
+        data: lineage and cohort that will pay; None takes the last ones that the ledger charged.
+        declared_items: what the site published; None where only the job itself says so.
+    """
+
+    policy: Policy | None = None
+    proof: SiteProof | None = None
+    data: tuple[str, str] | None = None
+    declared_items: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountForecast:
+    """Epsilon at ``delta`` of one side of a site's items: ``before`` the job, of the job ``alone``, ``after`` both.
+
+    ``ceiling`` is the partner's lifetime limit on it, None where neither policy nor ledger is at hand. An epsilon that
+    the account cannot express (Poisson steps on one that admits integer noise alone) is infinite.
+    """
+
+    account: AccountKey
+    spending: Spending
+    composition: Composition
+    delta: Fraction
+    ceiling: Fraction | None
+    before: float
+    alone: float
+    after: float
+
+    @property
+    def left(self) -> float | None:
+        """What the ceiling leaves after the job; 0 if the job would pass it."""
+        return None if self.ceiling is None else max(0.0, float(self.ceiling) - self.after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteForecast:
+    """What the job means for one site. ``refusals`` are the errors that it would answer with; none: it takes part."""
+
+    site: SiteId
+    training: AccountForecast
+    held_out: AccountForecast
+    observers: ObserverEpsilons
+    refusals: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobForecast:
+    """The job, every participant's forecast in order, and who would take part."""
+
+    job: TrainingJob
+    sites: tuple[SiteForecast, ...]
+
+    @property
+    def willing(self) -> tuple[SiteId, ...]:
+        """The sites that nothing known here would make refuse."""
+        return tuple(site.site for site in self.sites if not site.refusals)
+
+    @property
+    def runs(self) -> bool:
+        """Whether as many sites would take part as ``aggregation.minimum_sites`` asks for."""
+        return len(self.willing) >= self.job.spec.aggregation.minimum_sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsForecast:
+    """How far the evaluation's noise moves the metrics of one table of counts.
+
+    ``exact`` are the table's own metrics, never released; ``mean`` and ``deviation`` those of what would be. They
+    differ also in the mean, because counts below zero are clamped. ``cell_deviation`` is the noise of one count, items.
+    """
+
+    sites: int
+    cell_deviation: float
+    exact: GradingMetrics
+    mean: GradingMetrics
+    deviation: GradingMetrics
+
+
+def forecast(job: TrainingJob, *, standings: Mapping[SiteId, Standing]) -> JobForecast:
+    """What ``job`` would cost each of its participants if every round ran once.
+
+    A site without an entry in ``standings`` is forecast from the job alone. Observers who see only models face the
+    noise of the sites that would take part.
+    """
+    parts = {site: _site_parts(job, site, standings.get(site, Standing())) for site in job.participants}
+    refusals = {
+        site: _refusals(job, site, standings.get(site, Standing()), accounts) for site, accounts in parts.items()
+    }
+    noisy = sum(not refused for refused in refusals.values())
+    shared = observer_epsilons(job.plan, participants=noisy or len(parts))
+    return JobForecast(
+        job=job,
+        sites=tuple(
+            SiteForecast(
+                site=site,
+                training=training,
+                held_out=held_out,
+                observers=_observers(shared, own=training.alone, plan=job.plan),
+                refusals=refusals[site],
+            )
+            for site, (training, held_out) in parts.items()
+        ),
+    )
+
+
+def training_path(account: AccountForecast, job: TrainingJob) -> tuple[tuple[int, float], ...]:
+    """Epsilon of a training account after so many of ``job``'s releases, from none to all; long jobs are sampled."""
+    releases = job.plan.rounds + 1
+    points = _POISSON_POINTS if job.plan.mode == "local_sgd" else _GAUSSIAN_POINTS
+    kept = {0, 1, releases, *(round(releases * step / points) for step in range(points + 1))}
+    spending, path = account.spending, []
+    for done in range(releases + 1):
+        if done:
+            spending = spending.charged(job.plan.centre if done == 1 else job.plan.train, job=job.digest)
+        if done in kept:
+            path.append((done, _epsilon(spending, delta=account.delta, composition=account.composition)))
+    return tuple(path)
+
+
+def metrics_forecast(
+    table: ConfusionCounts, plan: PrivacyPlan, *, sites: int, scale: GradeScale, rng: np.random.Generator
+) -> MetricsForecast:
+    """The metrics of ``table`` with the noise of ``sites`` sites' evaluations, drawn 1,000 times through the real code.
+
+    A sum of discrete Gaussians of this width is a rounded normal: their distributions differ by less than exp(-2 pi²
+    scale²/2), see PrivacyPlan.evaluate for the scale. ``rng`` makes up a forecast, never a release.
+    """
+    deviation = plan.evaluate.scale * math.sqrt(sites)
+    grades = len(table.counts)
+    noise = np.rint(rng.normal(scale=deviation, size=(_DRAWS, grades, grades))).astype(np.int64)
+    drawn = [
+        vars(metrics(ConfusionCounts.of(table.table + from_grid(one, max_norm=1.0, mechanism=plan.evaluate)), scale))
+        for one in noise
+    ]
+    columns = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
+    return MetricsForecast(
+        sites=sites,
+        cell_deviation=deviation / plan.evaluate.sensitivity,
+        exact=metrics(table, scale),
+        mean=GradingMetrics(**{name: float(column.mean()) for name, column in columns.items()}),
+        deviation=GradingMetrics(**{name: float(column.std()) for name, column in columns.items()}),
+    )
+
+
+def held_out_items(job: TrainingJob) -> float:
+    """About how many held-out items the participants have: sites declare their training items alone."""
+    fraction = job.spec.data.test_fraction
+    return sum(job.declared_items.values()) * fraction / (1 - fraction)
+
+
+def plausible_counts(scale: GradeScale, *, items: float) -> ConfusionCounts:
+    """A made-up table of ``items``: all grades equally frequent, each step further from the truth four times rarer."""
+    grades = np.arange(scale.grades)
+    weights = _FALL_OFF ** -np.abs(grades[:, None] - grades[None, :]).astype(np.float64)
+    return ConfusionCounts.of(weights / weights.sum(axis=1, keepdims=True) * items / scale.grades)
+
+
+def latest_counts(proof: FederationProof, *, scale: GradeScale) -> tuple[str, ConfusionCounts] | None:
+    """The name of the job that last published counts on ``scale``, and those counts, clamped; None if none has."""
+    releases = [job.release.release for job in proof.jobs.values() if job.release is not None]
+    alike = [one for one in releases if one.job.spec.grading == scale and np.maximum(one.counts.table, 0).any()]
+    if not alike:
+        return None
+    last = max(alike, key=lambda one: one.published)
+    return last.job.spec.name, ConfusionCounts.of(np.maximum(last.counts.table, 0.0))
+
+
+def strongest_attacks(forecasted: JobForecast) -> dict[str, tuple[float, Fraction, AttackBound]]:
+    """Per observer: the largest epsilon over sites, the delta it holds at, and the strongest attack that leaves."""
+    plan = forecasted.job.plan
+    bound_of = bound_from_epsilon if plan.mode == "local_sgd" else bound_from_zcdp_epsilon
+    attacks = {}
+    for name in ("model_holder", "other_partner", "coordinator", "full_collusion"):
+        worst = max(forecasted.sites, key=lambda site: float(getattr(site.observers, name)))
+        epsilon = float(getattr(worst.observers, name))
+        delta = worst.training.delta if _faces_own_noise(name, plan) else plan.delta
+        attacks[name] = (epsilon, delta, bound_of(epsilon, delta=delta))
+    return attacks
+
+
+def _faces_own_noise(observer: str, plan: PrivacyPlan) -> bool:
+    """Whether only a site's own noise stands between this observer and its items."""
+    if plan.mode == "local_sgd" or observer == "full_collusion":
+        return True
+    return observer == "coordinator" and plan.mode == "local"
+
+
+def _observers(shared: ObserverEpsilons, *, own: float, plan: PrivacyPlan) -> ObserverEpsilons:
+    """``shared`` with a site's own noise measured by its own account, as the verifier will measure it."""
+    faced = {name: own for name in vars(shared) if _faces_own_noise(name, plan)}
+    return replace(shared, **faced)
+
+
+def _site_parts(job: TrainingJob, site: SiteId, standing: Standing) -> tuple[AccountForecast, AccountForecast]:
+    training, held_out = (_account_forecast(job, site, standing, partition) for partition in _PARTITIONS)
+    return training, held_out
+
+
+def _account_forecast(job: TrainingJob, site: SiteId, standing: Standing, partition: Partition) -> AccountForecast:
+    dataset = _dataset(standing)
+    lineage, cohort = standing.data or ((dataset.lineage, dataset.cohort) if dataset else ("", ""))
+    account = AccountKey(partner=site, lineage=lineage, cohort=cohort, partition=partition)
+    known = standing.proof.accounts.get(account) if standing.proof else None
+    spending = known.spending if known else Spending()
+    ceiling = _ceiling(standing, dataset)
+    delta = ceiling.delta if ceiling else job.plan.delta
+    composition = ceiling.composition if ceiling else job.plan.composition
+    charge = job.plan.charge_training if partition == "train" else job.plan.charge_evaluation
+    return AccountForecast(
+        account=account,
+        spending=spending,
+        composition=composition,
+        delta=delta,
+        ceiling=ceiling.epsilon if ceiling else None,
+        before=_epsilon(spending, delta=delta, composition=composition),
+        alone=_epsilon(charge(Spending(), job=job.digest), delta=delta, composition=composition),
+        after=_epsilon(charge(spending, job=job.digest), delta=delta, composition=composition),
+    )
+
+
+def _dataset(standing: Standing) -> DatasetOpened | None:
+    """The terms on record for the data that will pay; without saying which data, those charged last."""
+    if standing.proof is None:
+        return None
+    charged = [charge.reserve.account for charge in standing.proof.charges.values()]
+    if standing.data is not None:
+        charged = [account for account in charged if (account.lineage, account.cohort) == standing.data]
+    return standing.proof.accounts[charged[-1]].dataset if charged else None
+
+
+def _ceiling(standing: Standing, dataset: DatasetOpened | None) -> Ceiling | None:
+    """The partner's policy file rules; where only its ledger is at hand, the ceiling on record does."""
+    if standing.policy is not None:
+        return standing.policy.ceiling
+    if dataset is not None:
+        return Ceiling(epsilon=dataset.epsilon_limit, delta=dataset.delta, composition=dataset.composition)
+    return None
+
+
+def _epsilon(spending: Spending, *, delta: Fraction, composition: Composition) -> float:
+    try:
+        return spending.epsilon(delta=delta, composition=composition)
+    except FedgradeError:  # the refusals say why
+        return math.inf
+
+
+def _refusals(
+    job: TrainingJob, site: SiteId, standing: Standing, accounts: tuple[AccountForecast, AccountForecast]
+) -> tuple[str, ...]:
+    """What the site would say no with, each rule's own words; the policy names the first rule that is broken."""
+    policy, dataset = standing.policy, _dataset(standing)
+    declared = job.declared_items[site] if standing.declared_items is None else standing.declared_items
+    rules: list[Callable[[], object]] = [partial(require_hidden_uploads, job, Summation.PLAIN)]
+    if policy is not None:
+        rules.append(partial(admit, job, policy=policy, site=site, declared_items=declared))
+    if policy is not None and dataset is not None:
+        terms = replace(dataset, composition=policy.composition, declared_items=declared)
+        rules.append(partial(require_same_terms, terms, standing=dataset))
+    rules += [partial(_require_affordable, job, account) for account in accounts if account.ceiling is not None]
+    return tuple(dict.fromkeys(message for rule in rules if (message := _refusal(rule)) is not None))
+
+
+def _require_affordable(job: TrainingJob, account: AccountForecast) -> None:
+    charge = job.plan.charge_training if account.account.partition == "train" else job.plan.charge_evaluation
+    ceiling = Ceiling(epsilon=account.ceiling or Fraction(0), delta=account.delta, composition=account.composition)
+    require_within(charge(account.spending, job=job.digest), ceiling=ceiling, account=account.account)
+
+
+def _refusal(rule: Callable[[], object]) -> str | None:
+    try:
+        rule()
+    except FedgradeError as error:
+        return str(error)
+    return None

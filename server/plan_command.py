@@ -1,0 +1,359 @@
+"""``fedgrade plan``: what a job would cost, leave, be refused for and measure, before anything runs.
+
+Opens no connection, reads no photo, charges nothing; ledgers are verified as anyone may, and not locked.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Self
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fedgrade.budget_command import bar, left, plain_console
+from fedgrade.errors import DocumentRefused, PlanRefused
+from fedgrade.evaluation import ConfusionCounts
+from fedgrade.federation.forecast import (
+    AccountForecast,
+    JobForecast,
+    Standing,
+    forecast,
+    held_out_items,
+    latest_counts,
+    metrics_forecast,
+    plausible_counts,
+    strongest_attacks,
+    training_path,
+)
+from fedgrade.federation.policy import Policy
+from fedgrade.federation.site_proof import SiteProof, prove_site
+from fedgrade.federation.verification import FederationProof, verify_federation
+from fedgrade.job import JobSpec, TrainingJob, plan_job
+from fedgrade.privacy.accounting import printed
+from fedgrade.trust.canonical import decode, decode_yaml
+from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
+from fedgrade.trust.records import PoissonGaussian, Purpose
+from server.configure import compose_job
+
+NONCE = "forecast"  # a job that is only planned needs no digest of its own
+ASSUMED_SITES, ASSUMED_ITEMS = 5, 400
+_MAX_FILE_BYTES = 2**20
+_OBSERVERS = {
+    "model_holder": "whoever gets the model",
+    "other_partner": "another partner",
+    "coordinator": "the coordinator",
+    "full_collusion": "everyone else together",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What is known of who would take part: their standings, and what was proved about the federation so far."""
+
+    declared_items: dict[SiteId, int]
+    standings: dict[SiteId, Standing]
+    proof: FederationProof | None
+    described: str
+
+
+@click.command(epilog="Example: fedgrade plan experiment=pilot --federation runs/federation --plot plan.svg")
+@click.option(
+    "--federation", "folder", type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder of a federation: its sites, their policies and ledgers.",
+)  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write epsilon over rounds as SVG.")
+@click.option("--sites", type=click.IntRange(2, 1000), help=f"Without --federation: how many sites ({ASSUMED_SITES}).")
+@click.option("--items", type=click.IntRange(1), help=f"Without --federation: what each declares ({ASSUMED_ITEMS}).")
+@click.argument("overrides", nargs=-1)
+def plan(
+    folder: Path | None, plot: Path | None, sites: int | None, items: int | None, overrides: tuple[str, ...]
+) -> None:
+    """Say what a job would cost before it runs: nothing is started, sent or charged.
+
+    OVERRIDES choose and change the job, as for `fedgrade run`. Ends with status 1 if too few sites would take part.
+    """
+    if folder is not None and (sites is not None or items is not None):
+        raise click.UsageError("--sites and --items are for a plan without --federation, which knows both")
+    spec = compose_job(list(overrides))
+    around = _assumed(spec, sites=sites, items=items) if folder is None else read_surroundings(folder)
+    job = plan_job(spec, declared_items=around.declared_items, nonce=NONCE)
+    forecasted = forecast(job, standings=around.standings)
+    if plot is not None:
+        write_plot(plot, forecasted)
+    _show(plain_console(), forecasted, around)
+    if not forecasted.runs:
+        raise PlanRefused(
+            f"job {spec.name}: {len(forecasted.willing)} of {len(forecasted.sites)} sites would take part; "
+            f"aggregation.minimum_sites is {spec.aggregation.minimum_sites}"
+        )
+
+
+def read_surroundings(folder: Path) -> Surroundings:
+    """Who would take part in a job of the federation in ``folder``, as its files have it, each verified.
+
+    Every site on the roster takes part whose declared items are known: from its own ``site.yaml``, or from its ledger.
+
+    Raises:
+        DocumentRefused, LedgerBroken: a file cannot be read or does not verify.
+    """
+    roster = read_roster(folder / "roster.json")
+    whole = (folder / "coordinator" / "ledger.jsonl").exists() and any(folder.glob("sites/*/ledger.jsonl"))
+    proof = verify_federation(folder, roster=roster) if whole else None
+    standings = {site: _standing(folder, site, roster, proof) for site in sorted(roster.sites)}
+    declared = {site: one.declared_items for site, one in standings.items() if one.declared_items is not None}
+    unknown = [site for site in standings if site not in declared]
+    left_out = f"; left out, with neither site.yaml nor a charged ledger here: {', '.join(unknown)}" if unknown else ""
+    return Surroundings(
+        declared_items=declared, standings=standings, proof=proof, described=f"the sites of {folder}{left_out}"
+    )
+
+
+def write_plot(path: Path, forecasted: JobForecast) -> None:
+    """Epsilon of each training account over the job's releases, as an SVG file.
+
+    Raises:
+        PlanRefused: no account can express the job.
+        DocumentRefused: the file cannot be written.
+    """
+    from fedgrade.report.plan_figure import PlannedLine, plan_plot  # noqa: PLC0415 - matplotlib takes its time
+
+    lines = [
+        PlannedLine(label=site.site, path=path_of, ceiling=_ceiling(site.training))
+        for site, path_of in zip(forecasted.sites, _paths(forecasted), strict=True)
+        if math.isfinite(site.training.after)
+    ]
+    if not lines:
+        raise PlanRefused("no account admits this job, so there is no epsilon to plot")
+    job = forecasted.job
+    described = f"Job {job.spec.name}: epsilon of {len(lines)} training accounts over {job.plan.rounds} rounds."
+    drawing = plan_plot(lines, description=described)
+    try:
+        path.write_bytes(drawing)
+    except OSError as error:
+        raise DocumentRefused(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _paths(forecasted: JobForecast) -> Iterator[tuple[tuple[int, float], ...]]:
+    """Each site's path; accounts that start and end alike share one, because it may take seconds."""
+    known: dict[object, tuple[tuple[int, float], ...]] = {}
+    for site in forecasted.sites:
+        account = site.training
+        key = (account.before, account.after, account.delta, account.composition)
+        if key not in known and math.isfinite(account.after):
+            known[key] = training_path(account, forecasted.job)
+        yield known.get(key, ())
+
+
+def _assumed(spec: JobSpec, *, sites: int | None, items: int | None) -> Surroundings:
+    count, declared = sites or ASSUMED_SITES, items or max(ASSUMED_ITEMS, spec.data.minimum_items)
+    names = [site_id(f"site-{number}") for number in range(1, count + 1)]
+    return Surroundings(
+        declared_items=dict.fromkeys(names, declared),
+        standings={},
+        proof=None,
+        described=f"{count} assumed sites of {declared} training items each; no policy and no ledger is known",
+    )
+
+
+def read_policy(path: Path) -> Policy:
+    """A site's own policy file.
+
+    Raises:
+        DocumentRefused: unreadable, or not a policy.
+    """
+    return decode_yaml(Policy, _own_file(path, what="policy"), what=f"policy {path}")
+
+
+def _standing(folder: Path, site: SiteId, roster: Roster, proof: FederationProof | None) -> Standing:
+    """One site as its ``site.yaml`` has it; where only copies of its files lie here, as those do."""
+    here = folder / "sites" / site
+    if (here / "site.yaml").exists():
+        settings = _Settings.read(here / "site.yaml")
+        return Standing(
+            policy=read_policy(here / settings.policy),
+            proof=_ledger(here / settings.ledger, site, roster, proof),
+            data=(settings.lineage, settings.cohort),
+            declared_items=settings.declared_items,
+        )
+    ledger = _ledger(here / "ledger.jsonl", site, roster, proof)
+    declared = [account.dataset.declared_items for account in ledger.accounts.values()] if ledger else []
+    return Standing(
+        policy=read_policy(here / "policy.yaml") if (here / "policy.yaml").exists() else None,
+        proof=ledger,
+        declared_items=declared[-1] if declared else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a plan asks of a ``site.yaml``, which the site's own door reads in full."""
+
+    policy: str
+    ledger: str
+    lineage: str
+    cohort: str
+    declared_items: int
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        what = f"site file {path}"
+        written = decode_yaml(dict[str, object], _own_file(path, what="site file"), what=what)
+        wanted = {field.name: written.get(field.name) for field in fields(cls)}
+        # Through the strict door once more, so that each has its type.
+        return decode(cls, json.dumps(wanted).encode(), what=what)
+
+
+def _own_file(path: Path, *, what: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_FILE_BYTES)
+    except OSError as error:
+        raise DocumentRefused(f"{what} {path}: cannot be read ({error.strerror})") from error
+
+
+def _ledger(path: Path, site: SiteId, roster: Roster, proof: FederationProof | None) -> SiteProof | None:
+    """What the ledger at ``path`` proves, unless that was proved already; None where there is none yet."""
+    if not path.exists():
+        return None
+    if proof is not None and path.parent.name == site and path.name == "ledger.jsonl":
+        return proof.sites[site]
+    return prove_site(path, site=site, roster=roster)
+
+
+def _show(console: Console, forecasted: JobForecast, around: Surroundings) -> None:
+    job = forecasted.job
+    console.print(
+        f"Job {job.spec.name}: privacy mode {job.plan.mode}, {job.plan.rounds} rounds, {len(job.participants)} sites. "
+        f"Planned for {around.described}.\nNothing was started, sent or charged.\n"
+    )
+    for table in (_noise_table(job), _sites_table(forecasted, bars=console.is_terminal), _observers_table(forecasted)):
+        console.print(table)
+        console.print()
+    _show_metrics(console, forecasted, around)
+    _show_refusals(console, forecasted, around)
+
+
+def _show_refusals(console: Console, forecasted: JobForecast, around: Surroundings) -> None:
+    refusing: dict[str, list[str]] = {}
+    for site in forecasted.sites:
+        for refusal in site.refusals:
+            refusing.setdefault(refusal, []).append(site.site)
+    for refusal, sites in refusing.items():
+        console.print(f"Refused by {', '.join(sites)}: {refusal}", style="bold red")
+    if not around.standings:
+        return
+    silent = [site.site for site in forecasted.sites if around.standings[site.site].policy is None]
+    if silent:
+        console.print(f"No policy file here, so refusals by policy are not foreseen: {', '.join(silent)}.")
+    if len(forecasted.willing) == len(forecasted.sites):
+        console.print("No rule and no budget known here stands in the way.")
+
+
+def _noise_table(job: TrainingJob) -> Table:
+    table = _table("Noise of each site", "release", "times", "what is added", "noise multiplier")
+    for purpose, (name, times) in _releases(job).items():
+        mechanism = job.plan.mechanism(purpose)
+        if isinstance(mechanism, PoissonGaussian):
+            added = f"Gaussian, {mechanism.steps} steps on samples of {float(mechanism.sampling_rate):g}"
+            multiplier = mechanism.noise_multiplier
+        else:
+            added = f"discrete Gaussian, scale {mechanism.scale:,} at sensitivity {mechanism.sensitivity:,}"
+            multiplier = Fraction(mechanism.scale, mechanism.sensitivity)
+        table.add_row(name, f"{times:,}", added, f"{math.floor(multiplier * 1000) / 1000:,.3f}")
+    return table
+
+
+def _releases(job: TrainingJob) -> dict[Purpose, tuple[str, int]]:
+    return {
+        "centre": ("feature centre", 1),
+        "train": ("training round", job.plan.rounds),
+        "evaluate": ("evaluation", 1),
+    }
+
+
+def _sites_table(forecasted: JobForecast, *, bars: bool) -> Table:
+    headings = ["site", "items", "before", "this job", "after", "ceiling", "left", "delta"]
+    table = _table("Epsilon of one item, if every round runs once", *headings, *(["lifetime budget"] if bars else []))
+    for site in forecasted.sites:
+        for name, account in (("training", site.training), ("held-out", site.held_out)):
+            ceiling = account.ceiling
+            cells = [
+                site.site,
+                name,
+                *(printed(epsilon) for epsilon in (account.before, account.alone, account.after)),
+                "unknown" if ceiling is None else f"{float(ceiling):.2f}",
+                "unknown" if ceiling is None else left(account.after, ceiling=ceiling),
+                f"{float(account.delta):g}",
+            ]
+            shown = "" if ceiling is None else bar(account.before, account.after, ceiling=float(ceiling))
+            table.add_row(*cells, *([shown] if bars else []))
+    return table
+
+
+def _observers_table(forecasted: JobForecast) -> Table:
+    table = _table(
+        "What this job lets an observer learn about one training item, at the site where it is most",
+        "observer", "epsilon", "delta", "true positives at 1 % false", "area under the curve",
+    )  # fmt: skip
+    for name, (epsilon, delta, attack) in strongest_attacks(forecasted).items():
+        table.add_row(
+            _OBSERVERS[name],
+            printed(epsilon),
+            f"{float(delta):g}",
+            f"at most {math.ceil(attack.true_positive_rate * 1000) / 10:.1f} %",
+            f"at most {math.ceil(attack.area_under_curve * 100) / 100:.2f}",
+        )
+    return table
+
+
+def _show_metrics(console: Console, forecasted: JobForecast, around: Surroundings) -> None:
+    job = forecasted.job
+    sites = len(forecasted.willing) or len(forecasted.sites)
+    described, counts = _counts(job, around)
+    expected = metrics_forecast(counts, job.plan, sites=sites, scale=job.spec.grading, rng=np.random.default_rng(0))
+    table = _table(
+        f"What the noise of {sites} sites does to the metrics", "metric", "without noise", "mean with", "deviation"
+    )
+    for title, name in (
+        ("quadratic weighted kappa", "quadratic_weighted_kappa"),
+        ("accuracy", "accuracy"),
+        ("critical-miss rate", "critical_miss_rate"),
+    ):
+        values = (getattr(part, name) for part in (expected.exact, expected.mean, expected.deviation))
+        table.add_row(title, *(f"{value:.3f}" for value in values))
+    console.print(table)
+    console.print(
+        f"Simulated on {described}: {expected.exact.items:,.0f} items; the noise of one count has deviation "
+        f"{expected.cell_deviation:.1f}.\n"
+    )
+
+
+def _counts(job: TrainingJob, around: Surroundings) -> tuple[str, ConfusionCounts]:
+    """The table that metrics are simulated on, and where it comes from."""
+    published = latest_counts(around.proof, scale=job.spec.grading) if around.proof else None
+    if published is not None:
+        name, counts = published
+        return f"the counts that job {name} published", counts
+    share = job.spec.data.test_fraction
+    made_up = plausible_counts(job.spec.grading, items=held_out_items(job))
+    return (
+        f"a made-up table (data.test_fraction {share:g} of the items, all grades equally frequent, each step from the "
+        "truth four times rarer)"
+    ), made_up
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
+def _ceiling(account: AccountForecast) -> float | None:
+    return None if account.ceiling is None else float(account.ceiling)
