@@ -174,9 +174,16 @@ class Control:
         self._call(self._client.StopRun, StopRunRequest(run_id=run_id))
 
     def logs(self, run_id: int) -> Iterator[str]:
-        """What the run's ServerApp logs, as it comes, until the run is over."""
-        for part in self._client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=0.0)):
-            yield part.log_output
+        """What the run's ServerApp logs, as it comes, until the run is over.
+
+        Raises:
+            ControlRefused: the SuperLink ended first, or does not answer.
+        """
+        try:
+            for part in self._client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=0.0)):
+                yield part.log_output
+        except httpx.HTTPError as error:
+            raise ControlRefused(f"SuperLink {self._address}: {error or type(error).__name__}") from error
 
     def _call(self, method: Any, request: object) -> Any:
         try:
