@@ -96,7 +96,7 @@ def _check_shape(raw: bytes, *, name: str, limit: int) -> None:
         raise DocumentRefused(f"{name}: {len(raw)} bytes; the limit is {limit}")
     try:
         # A byte order mark is dropped here, and refused by the parser that makes the value.
-        tree = _STRICT_JSON.decode(raw.decode("utf-8-sig"))
+        tree = _STRICT_JSON.decode(raw.decode().removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise DocumentRefused(f"{name}: not strict JSON: {_one_line(error)}") from error
     if not isinstance(tree, dict):
