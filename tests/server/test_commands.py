@@ -1,0 +1,137 @@
+"""``fedgrade demo`` and ``run`` as typed, over the demo's real photos, a few of each recycler."""
+
+import sys
+
+import pytest
+
+from fedgrade.cli import main
+from fedgrade.data import elpv
+from fedgrade.federation.verification import verify_federation
+from tests.server.few_photos import few
+
+QUICK = ("privacy.rounds=2", "data.minimum_items=10")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where everything is written; one folder, so that the backbone is exported once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def typed(capsys, monkeypatch):
+    """What the command line answers: exit code, standard output, standard error."""
+    monkeypatch.setattr(elpv, "site_manifests", few(elpv.site_manifests, recyclers=5))
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def type_in(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedgrade", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return type_in
+
+
+def refused(typed, *arguments):
+    code, _, err = typed(*arguments)
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("fedgrade: ")]
+    return line
+
+
+def test_a_demo_trains_reports_and_leaves_a_folder_that_verifies(typed, runs):
+    code, out, err = typed("demo", "--folder", runs, "--engine", "in-process", *QUICK)
+    assert code == 0, err
+    assert elpv.LICENCE in out
+    assert elpv.CITATION.split(".")[0] in out
+    for said in ("quadratic weighted kappa", "accuracy", "misses of defective", "epsilon per item", "Next:"):
+        assert said in out
+    root = runs / "demo"
+    assert root.is_symlink()
+    proof = verify_federation(root)
+    (job,) = proof.jobs.values()
+    assert len(job.job.participants) == 5
+    assert f"{proof.entries} ledger entries verified" in out
+    (release,) = root.glob("jobs/*/release")
+    (report,) = root.rglob("*.html")
+    assert str(release) in out
+    assert str(report) in out
+    for key in root.glob("**/*.pem"):
+        assert key.stat().st_mode & 0o077 == 0, key
+
+
+def test_a_second_demo_is_a_new_federation_and_starts_from_the_caches(typed, runs):
+    before = {path: path.stat().st_mtime_ns for path in (runs / "cache").glob("**/*.*") if path.suffix != ".lock"}
+    keys = {path.read_bytes() for path in runs.glob("demo-*/coordinator/key.pem")}
+    code, _, err = typed("demo", "--folder", runs, "--engine", "in-process", *QUICK)
+    assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (runs / "demo" / "coordinator" / "key.pem").read_bytes() not in keys
+
+
+def test_runs_over_one_federation_add_up_until_the_recyclers_refuse(typed, runs):
+    run = ("run", "--federation", runs / "federation", "--engine", "in-process", *QUICK)
+    for wish in ("privacy.target_epsilon=4", "privacy.target_epsilon=5"):
+        code, _, err = typed(*run, wish)
+        assert code == 0, err
+    line = refused(typed, *run, "privacy.target_epsilon=6")
+    assert "refused (budget)" in line
+    assert "the partner's ceiling is 8.00" in line
+    assert len(verify_federation(runs / "federation").jobs) == 2
+    code, out, err = typed("run", "--federation", runs / "federation", "--engine", "in-process", *QUICK, "--resume")
+    assert code == 1
+    assert "refused (budget)" in err
+    assert "release" not in out
+
+
+def test_noise_for_a_secure_sum_is_refused_by_real_sites(typed, runs):
+    folder = runs / "distributed"
+    line = refused(typed, "run", "--federation", folder, "--engine", "in-process", *QUICK, "privacy=distributed")
+    assert "refused (policy)" in line
+    assert "the coordinator would see each" in line
+    assert all(proof.charges == {} for proof in verify_federation(folder).sites.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("privacy.epsilon=2", "privacy.epsilon"),
+        ("privacy.target_epsilon=-1", "privacy.target_epsilon"),
+        ("privacy.target_epsilon=many", "target_epsilon"),
+        ("privacy=none", "privacy"),
+        ("privacy.noise=0", "privacy.noise"),
+        ("aggregation.minimum_sites=6", "aggregation.minimum_sites"),
+        ("name=../../etc", "name"),
+        ("privacy.delta=0.5", "privacy.delta"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_one_line_that_names_it_and_starts_nothing(typed, tmp_path, override, said):
+    line = refused(typed, "run", "--federation", tmp_path / "federation", "--engine", "in-process", override)
+    assert said in line
+    assert not (tmp_path / "federation" / "jobs").exists()
+
+
+def test_nothing_to_resume_is_one_line(typed, tmp_path):
+    line = refused(typed, "run", "--federation", tmp_path / "federation", "--resume")
+    assert "no job here" in line or "cannot be read" in line
+    assert list(tmp_path.glob("federation/*")) == []
+
+
+def test_the_groups_are_listed_without_a_federation(typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = typed("run", "--groups")
+    assert code == 0
+    for name in ("local_sgd", "distributed", "pilot", "solar_cells"):
+        assert name in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_does_not_exist_is_refused(typed):
+    code, _, err = typed("run", "--engine", "cloud")
+    assert code == 2
+    assert "'cloud' is not one of" in err
