@@ -33,6 +33,7 @@ from fedgrade.federation.forecast import (
 )
 from fedgrade.federation.policy import Policy
 from fedgrade.federation.site_proof import SiteProof, prove_site
+from fedgrade.federation.store import write_durably
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.job import JobSpec, TrainingJob, plan_job
 from fedgrade.privacy.accounting import printed
@@ -134,7 +135,7 @@ def write_plot(path: Path, forecasted: JobForecast) -> None:
     described = f"Job {job.spec.name}: epsilon of {len(lines)} training accounts over {job.plan.rounds} rounds."
     drawing = plan_plot(lines, description=described)
     try:
-        path.write_bytes(drawing)
+        write_durably(path, drawing)
     except OSError as error:
         raise DocumentRefused(f"{path}: cannot be written ({error.strerror})") from error
 
