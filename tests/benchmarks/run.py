@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from quality import EPSILONS, SETTINGS, Outcome, load_photos, outcome
 
 from fedgrade.data import elpv
@@ -163,18 +164,10 @@ def _draw(spec: JobSpec, outcomes: dict[tuple[str, float | None], list[Outcome]]
         for setting, colour in zip(SETTINGS, ("#1b6ca8", "#c1440e", "#6b6b6b"), strict=True):
             values = [[figure(run, spec) for run in outcomes[setting, epsilon]] for epsilon in finite]
             mean, spread = np.mean(values, axis=1), np.std(values, axis=1)
-            axis.plot(finite, mean, color=colour, marker="o", markersize=4)
+            axis.plot(finite, mean, color=colour, marker="o", markersize=4, label=setting)
             axis.fill_between(finite, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
             axis.axhline(figure(outcomes[setting, None][0], spec), color=colour, linewidth=0.8, linestyle=":")
-            axis.annotate(
-                setting,
-                (finite[0], mean[0]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                color=colour,
-                va="center",
-                fontsize=9,
-            )
+        _label_ends(axis, x=finite[0])
         axis.set_xscale("log", base=2)
         axis.set_xticks(finite, [f"{epsilon:g}" for epsilon in finite])
         axis.set_xlim(min(finite) * 0.9, max(finite) * 1.9)
@@ -183,6 +176,25 @@ def _draw(spec: JobSpec, outcomes: dict[tuple[str, float | None], list[Outcome]]
         axis.spines[["top", "right"]].set_visible(False)
     drawing.savefig(path, metadata={"Date": None})
     plt.close(drawing)
+
+
+def _label_ends(axis: Axes, *, x: float) -> None:
+    """Each line's name beside its end at ``x``, moved apart where two would stand on each other."""
+    low, high = axis.get_ylim()
+    gap, next_free = (high - low) / 16, low
+    ends = sorted((line.get_ydata()[0], line) for line in axis.lines if not line.get_label().startswith("_"))
+    for end, line in ends:
+        next_free = max(end, next_free)
+        axis.annotate(
+            line.get_label(),
+            (x, end),
+            xytext=(x * 1.08, next_free),
+            textcoords="data",
+            color=line.get_color(),
+            va="center",
+            fontsize=9,
+        )
+        next_free += gap
 
 
 def _write(path: Path, section: str, text: str) -> None:
