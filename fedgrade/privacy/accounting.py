@@ -24,8 +24,8 @@ from fedgrade.trust.records import PoissonGaussian
 MIN_DELTA = Fraction(1, 10**9)
 _LARGE_RHO = 1000
 _HUGE_RHO = 2**64  # beyond this epsilon is called infinite; hostile ledgers may hold any fraction
-# Floating-point arithmetic may lose this part of a result; it is added back, so that no bound is understated.
-_ROUNDING = 2.0**-40
+# Floating-point arithmetic may lose this part of each term of a sum; it is added back, so that no bound is understated.
+_ROUNDING = 2.0**-46
 _PLD_INTERVAL = 1e-4
 _GATE_SLACK = 1e-3
 # How far zCDP may exceed the privacy loss distribution, which for one Gaussian is exact to five digits: as measured
@@ -59,11 +59,12 @@ def zcdp_epsilon(rho: Fraction, *, delta: Fraction) -> float:
 
     def bound(log_excess: float) -> float:
         excess = math.exp(log_excess)  # alpha - 1
-        alpha = 1 + excess
-        return alpha * cost - (math.log(alpha) + log_delta) / excess + math.log(excess / alpha)
+        gain, loss = (1 + excess) * cost - log_delta / excess, math.log1p(excess) / excess + math.log1p(1 / excess)
+        return gain - loss + (gain + loss) * _ROUNDING
 
-    best = minimize_scalar(bound, bounds=(-12.0, 16.0), method="bounded", options={"xatol": 1e-10})
-    return max(0.0, float(best.fun) + abs(float(best.fun)) * _ROUNDING)
+    # Up to alpha = e^24, where every delta that is allowed exceeds 1/alpha: so small a rho costs nothing at all.
+    best = minimize_scalar(bound, bounds=(-12.0, 24.0), method="bounded", options={"xatol": 1e-10})
+    return max(0.0, float(best.fun))
 
 
 def zcdp_rho(epsilon: Fraction, *, delta: Fraction) -> Fraction:
