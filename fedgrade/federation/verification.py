@@ -21,7 +21,7 @@ from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
 from fedgrade.trust.ledger import GENESIS_PREVIOUS, open_receipt, read_lines
-from fedgrade.trust.records import Commit, DiscreteGaussian, Released, RoundClosed
+from fedgrade.trust.records import Commit, DiscreteGaussian, Genesis, Released, RoundClosed
 from fedgrade.trust.transparency import MerkleTree
 
 MAX_RECEIPT_BYTES = 2**18
@@ -110,6 +110,8 @@ def _coordinator_log(path: Path, roster: Roster) -> _CoordinatorLog:
     for line, entry in read_lines(path, key=roster.coordinator):
         head, tree = digest(line), tree.after(line)
         match entry.body:
+            case Genesis() if entry.body.role != "coordinator":
+                raise LedgerBroken(f"ledger {path}: entry 0: is a {entry.body.role}'s, not the coordinator's")
             case RoundClosed():
                 rounds.setdefault(entry.body.job, []).append(entry.body)
             case Released():
