@@ -163,8 +163,8 @@ def metrics_forecast(
 ) -> MetricsForecast:
     """The metrics of ``table`` with the noise of ``sites`` sites' evaluations, drawn 1,000 times through the real code.
 
-    A sum of discrete Gaussians of this width is a rounded normal: their distributions differ by less than exp(-2 pi²
-    scale²/2), see PrivacyPlan.evaluate for the scale. ``rng`` makes up a forecast, never a release.
+    A sum of the sites' discrete Gaussians, some hundreds of grid units wide each, is drawn as a rounded normal, from
+    which nothing could tell it. ``rng`` makes up a forecast, never a release.
     """
     deviation = plan.evaluate.scale * math.sqrt(sites)
     grades = len(table.counts)
