@@ -26,6 +26,8 @@ FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 _DOORS = "fedgrade.commands"
+# Where the demo keeps its exported backbone, which takes seconds to make.
+_BACKBONES = Path("runs") / "cache" / "backbones"
 _INTERRUPTED = 130
 
 
@@ -122,7 +124,7 @@ def grade(release: Path, roster: Path | None, cache: Path | None, photos: tuple[
     except ModuleNotFoundError as error:
         _lacks("grade", error.name)
     trusted = _roster(roster) or read_roster(_roster_beside(release))
-    graded = grade_photos(photos, release=release, roster=trusted, cache=cache or Path("runs") / "cache")
+    graded = grade_photos(photos, release=release, roster=trusted, cache=cache or _BACKBONES)
     table = Table("photo", "grade", "confidence", "expected cost", box=None)
     for each in graded:
         style = "bold red" if each.critical else ""

@@ -65,6 +65,26 @@ def test_a_demo_trains_reports_and_leaves_a_folder_that_verifies(typed, runs):
         assert key.stat().st_mode & 0o077 == 0, key
 
 
+def test_the_released_model_grades_photos_and_refuses_what_is_no_photo(typed, runs, tmp_path):
+    (release,), photos = (runs / "demo").glob("jobs/*/release"), elpv.package_photos()
+    grade = ("grade", "--model", release, "--cache", runs / "cache" / "backbones")
+    odd = tmp_path / "[bold]cell.png"
+    odd.write_bytes((photos / "cell0002.png").read_bytes())
+    code, out, err = typed(*grade, photos / "cell0001.png", odd)
+    assert code == 0, err
+    assert "[bold]cell.png" in out
+    (row,) = [line.split() for line in out.splitlines() if "cell0001.png" in line]
+    assert row[-2].endswith("%")
+    assert float(row[-1]) >= 0
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(odd.read_bytes()[:500])
+    assert "torn.png" in refused(typed, *grade, torn)
+    assert "cannot be read" in refused(typed, *grade, tmp_path / "nothing.png")
+    stranger = tmp_path / "roster.json"
+    stranger.write_bytes((runs / "demo" / "roster.json").read_bytes().replace(b"a", b"b"))
+    assert "fedgrade: " in refused(typed, *grade, "--roster", stranger, odd)
+
+
 def test_a_second_demo_is_a_new_federation_and_starts_from_the_caches(typed, runs):
     before = {path: path.stat().st_mtime_ns for path in (runs / "cache").glob("**/*.*") if path.suffix != ".lock"}
     keys = {path.read_bytes() for path in runs.glob("demo-*/coordinator/key.pem")}
