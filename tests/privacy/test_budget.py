@@ -1,0 +1,188 @@
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgrade.errors import BudgetExceeded, PlanRefused
+from fedgrade.privacy.accounting import poisson_epsilon, zcdp_epsilon, zcdp_rho
+from fedgrade.privacy.budget import Ceiling, Spending, require_within, spending_by_account
+from fedgrade.trust.identity import SiteId
+from fedgrade.trust.records import Abort, AccountKey, Commit, DiscreteGaussian, PoissonGaussian, Reserve
+
+DELTA = Fraction(1, 10**5)
+ACCOUNT = AccountKey(partner=SiteId("site-1"), lineage="panels", cohort="2026-06", partition="train")
+SGD = PoissonGaussian(sampling_rate=Fraction(1, 2), noise_multiplier=Fraction(20), steps=3)
+
+gaussians = st.builds(DiscreteGaussian, sensitivity=st.integers(1, 2**20), scale=st.integers(2**18, 2**30))
+accounts = st.builds(
+    AccountKey,
+    partner=st.just(SiteId("site-1")),
+    lineage=st.sampled_from(["panels", "phones"]),
+    cohort=st.sampled_from(["2026-05", "2026-06"]),
+    partition=st.sampled_from(["train", "test"]),
+)
+
+
+def reserve(mechanism, *, account=ACCOUNT, job="a", attempt=0):
+    return Reserve(
+        job=job,
+        round_index=0,
+        attempt=attempt,
+        purpose="train",
+        account=account,
+        mechanism=mechanism,
+        weights_digest="b" * 64,
+        epsilon_limit=Fraction(8),
+        delta=DELTA,
+    )
+
+
+reservations = st.lists(st.builds(reserve, gaussians, account=accounts, job=st.sampled_from("ab")), max_size=8)
+
+
+def spent(*mechanisms, job="a"):
+    spending = Spending()
+    for mechanism in mechanisms:
+        spending = spending.charged(mechanism, job=job)
+    return spending
+
+
+@given(reservations, st.randoms(use_true_random=False))
+def test_what_an_account_has_spent_does_not_depend_on_the_order_of_charges(entries, random):
+    shuffled = list(entries)
+    random.shuffle(shuffled)
+    one, other = spending_by_account(entries), spending_by_account(shuffled)
+    assert {key: spending.rho for key, spending in one.items()} == {key: item.rho for key, item in other.items()}
+
+
+@given(reservations, st.integers(0, 8))
+def test_spending_is_a_fold_so_that_a_restart_changes_nothing(entries, stop):
+    at_once = spending_by_account(entries)
+    before = spending_by_account(entries[:stop])
+    for entry in entries[stop:]:
+        before[entry.account] = before.get(entry.account, Spending()).charged(entry.mechanism, job=entry.job)
+    assert before == at_once
+
+
+@given(reservations)
+def test_every_charge_lands_on_exactly_one_account(entries):
+    total = sum((spending.rho for spending in spending_by_account(entries).values()), Fraction(0))
+    assert total == sum((entry.mechanism.rho for entry in entries), Fraction(0))
+
+
+@given(st.lists(gaussians, max_size=6), gaussians)
+def test_a_further_release_never_costs_less(mechanisms, further):
+    before, after = spent(*mechanisms), spent(*mechanisms, further)
+    for composition in ("zcdp", "mixed"):
+        low, high = (spending.epsilon(delta=DELTA, composition=composition) for spending in (before, after))
+        assert low <= high * (1 + 1e-9)
+
+
+@given(st.lists(gaussians, max_size=6))
+def test_a_mixed_account_never_shows_less_than_a_zcdp_account(mechanisms):
+    spending = spent(*mechanisms)
+    assert spending.epsilon(delta=DELTA, composition="mixed") >= spending.epsilon(delta=DELTA, composition="zcdp")
+
+
+def test_runs_and_models_share_one_account():
+    one = DiscreteGaussian(sensitivity=1, scale=10)
+    together = spending_by_account([reserve(one, job="a"), reserve(one, job="b")])
+    assert together[ACCOUNT].rho == 2 * one.rho
+    epsilon = together[ACCOUNT].epsilon(delta=DELTA, composition="zcdp")
+    assert epsilon == zcdp_epsilon(2 * one.rho, delta=DELTA) > zcdp_epsilon(one.rho, delta=DELTA)
+
+
+def test_a_retry_is_charged_again_and_an_abort_gives_nothing_back():
+    one = DiscreteGaussian(sensitivity=1, scale=10)
+    entries = [
+        reserve(one),
+        Abort(reserve=1, reason="ModelRefused"),
+        reserve(one, attempt=1),
+        Commit(reserve=3, job="a", round_index=0, attempt=1, purpose="train", message_digest="c" * 64),
+    ]
+    assert spending_by_account(entries)[ACCOUNT].rho == 2 * one.rho
+
+
+def test_nothing_spent_is_nothing():
+    assert spending_by_account([]) == {}
+    for composition in ("zcdp", "mixed"):
+        assert Spending().epsilon(delta=DELTA, composition=composition) == 0.0
+
+
+def test_charging_leaves_the_spending_before_it_as_it_was():
+    before = spent(SGD)
+    after = before.charged(SGD, job="a").charged(SGD, job="b")
+    assert before == spent(SGD)
+    assert after.poisson["a"] == {(SGD.sampling_rate, SGD.noise_multiplier): 6}
+    assert list(after.poisson) == ["a", "b"]
+    with pytest.raises(TypeError):
+        after.poisson["a"][SGD.sampling_rate, SGD.noise_multiplier] = 0
+
+
+def test_rounds_of_one_job_compose_before_they_cost():
+    spending = spent(SGD, SGD, SGD)
+    rounds = {(SGD.sampling_rate, SGD.noise_multiplier): 9}
+    assert spending.epsilon(delta=DELTA, composition="mixed") == poisson_epsilon(rounds, delta=DELTA / 4)
+
+
+def test_jobs_of_a_mixed_account_add_up_at_deltas_that_together_stay_below_the_accounts():
+    integer = DiscreteGaussian(sensitivity=1, scale=10)
+    spending = spent(integer, SGD).charged(SGD, job="b")
+    steps = {(SGD.sampling_rate, SGD.noise_multiplier): 3}
+    parts = (
+        zcdp_epsilon(integer.rho, delta=DELTA / 2),
+        poisson_epsilon(steps, delta=DELTA / 4),
+        poisson_epsilon(steps, delta=DELTA / 8),
+    )
+    assert spending.epsilon(delta=DELTA, composition="mixed") == pytest.approx(sum(parts), rel=1e-12)
+
+
+def test_poisson_jobs_do_not_enter_a_zcdp_account():
+    with pytest.raises(PlanRefused, match="opened as mixed"):
+        spent(SGD).epsilon(delta=DELTA, composition="zcdp")
+
+
+def test_a_mixed_account_ends_when_its_shares_of_delta_do():
+    spending = Spending()
+    for number in range(13):  # 1e-5 / 2^14 is below 1e-9
+        spending = spending.charged(SGD, job=str(number))
+    with pytest.raises(PlanRefused, match="delta"):
+        spending.epsilon(delta=DELTA, composition="mixed")
+
+
+@settings(max_examples=50)
+@given(st.fractions(min_value=Fraction(1, 100), max_value=20), st.integers(1, 400))
+def test_charging_until_refused_never_passes_the_ceiling(limit, scale):
+    ceiling = Ceiling(epsilon=limit, delta=DELTA, composition="zcdp")
+    mechanism = DiscreteGaussian(sensitivity=1, scale=scale)
+    allowed = zcdp_rho(limit, delta=DELTA) // mechanism.rho
+    within = Spending(rho=mechanism.rho * allowed)
+    assert require_within(within, ceiling=ceiling, account=ACCOUNT) <= limit
+    with pytest.raises(BudgetExceeded):
+        require_within(within.charged(mechanism, job="a").charged(mechanism, job="a"), ceiling=ceiling, account=ACCOUNT)
+
+
+def test_a_ceiling_that_is_met_exactly_holds_and_a_hair_more_does_not():
+    spending = Spending(rho=Fraction(1, 10))
+    exactly = Fraction(spending.epsilon(delta=DELTA, composition="zcdp"))
+    require_within(spending, ceiling=Ceiling(epsilon=exactly, delta=DELTA, composition="zcdp"), account=ACCOUNT)
+    less = Ceiling(epsilon=exactly - Fraction(1, 10**18), delta=DELTA, composition="zcdp")
+    with pytest.raises(BudgetExceeded):
+        require_within(spending, ceiling=less, account=ACCOUNT)
+
+
+def test_a_refusal_names_the_account_the_sum_and_the_limit():
+    ceiling = Ceiling(epsilon=Fraction(1), delta=DELTA, composition="zcdp")
+    with pytest.raises(
+        BudgetExceeded,
+        match=r"site-1/panels/2026-06/train: epsilon would reach 1\.92, the partner's ceiling is 1\.00; lower",
+    ):
+        require_within(Spending(rho=Fraction(1, 10)), ceiling=ceiling, account=ACCOUNT)
+
+
+def test_a_hostile_charge_exceeds_every_ceiling_instead_of_overflowing():
+    spending = spent(DiscreteGaussian(sensitivity=10**300, scale=1))
+    ceiling = Ceiling(epsilon=Fraction(10**6), delta=DELTA, composition="zcdp")
+    with pytest.raises(BudgetExceeded, match="would reach inf"):
+        require_within(spending, ceiling=ceiling, account=ACCOUNT)
