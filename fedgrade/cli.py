@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fedgrade
+from fedgrade.audit_command import audit
 from fedgrade.budget_command import budget
 from fedgrade.errors import FedgradeError
 from fedgrade.federation.verification import FederationProof, verify_federation
@@ -60,6 +61,7 @@ def cli(*, verbose: bool) -> None:
     logging.basicConfig(level=shown.level, format="%(levelname)s %(message)s", handlers=[shown], force=True)
 
 
+cli.add_command(audit)
 cli.add_command(budget)
 
 
