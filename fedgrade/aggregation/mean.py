@@ -76,9 +76,14 @@ def mean_of_releases(
 
 
 def mean_of_updates(updates: Collection[tuple[FloatArray, int]]) -> FloatArray:
-    """Updates averaged in proportion to each site's declared items (McMahan et al. 2017, arXiv 1602.05629)."""
-    if not updates:
-        raise ModelRefused("aggregation: at least one update is needed")
+    """Updates averaged in proportion to each site's declared items (McMahan et al. 2017, arXiv 1602.05629).
+
+    Raises:
+        ModelRefused: nothing was uploaded, or shapes differ.
+    """
+    # Shapes that differ may still broadcast, and pass for a mean.
+    if not updates or len({update.shape for update, _ in updates}) != 1:
+        raise ModelRefused("aggregation: at least one update is needed, all of one shape")
     total = sum(items for _, items in updates)
     return np.asarray(sum(update * (items / total) for update, items in updates), dtype=np.float64)
 
