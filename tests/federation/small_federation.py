@@ -40,7 +40,7 @@ from fedgrade.federation.store import RunStore
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
-from fedgrade.privacy.plan import LocalSpec, calibrate
+from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec, LocalSpec, calibrate
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import Roster, SigningKey, SiteId, site_id
@@ -54,7 +54,7 @@ SCALE = GradeScale(
     name="three", labels=("A", "B", "C"), critical=("C",), cost=((0.0, 1.0, 2.0), (1.0, 0.0, 1.0), (4.0, 2.0, 0.0))
 )
 MODEL = ModelSpec(
-    backbone="tf_efficientnet_lite0", input_size=64, pooling=("average",), weights_digest=LITE0_WEIGHTS_DIGEST
+    backbone="tf_efficientnet_lite0", input_size=224, pooling=("average",), weights_digest=LITE0_WEIGHTS_DIGEST
 )
 PRIVACY = LocalSpec(
     target_epsilon=40.0, delta=1e-5, evaluation_epsilon=40.0, centre_share=0.2, rounds=2, max_grad_norm=1.0
@@ -67,6 +67,21 @@ SPEC = JobSpec(
     privacy=PRIVACY,
     aggregation=AggregationSpec(learning_rate=2.0, momentum=0.5, average_last=0.5, minimum_sites=2),
 )
+DISTRIBUTED = replace(
+    SPEC,
+    privacy=DistributedSpec(
+        target_epsilon=20.0, floor_epsilon=60.0, delta=1e-5, evaluation_epsilon=40.0, centre_share=0.2, rounds=2,
+        max_grad_norm=1.0,
+    ),
+)  # fmt: skip
+# Much noise, because little of it takes the accountants longest.
+LOCAL_SGD = replace(
+    SPEC,
+    privacy=LocalSgdSpec(
+        target_epsilon=0.5, delta=1e-5, evaluation_epsilon=30.0, centre_share=0.2, rounds=2, max_grad_norm=1.0,
+        sampling_rate=0.25, local_steps=2, learning_rate=1.0,
+    ),
+)  # fmt: skip
 POLICY = Policy(
     modes=("local",),
     epsilon_limit=100.0,

@@ -12,11 +12,10 @@ from fedgrade.federation.payloads import largest_release, release_size
 from fedgrade.federation.verification import verify_federation
 from fedgrade.job import plan_job
 from fedgrade.model.weights import write_weights
-from fedgrade.privacy.plan import LocalSgdSpec
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.ledger import Entry, open_receipt
-from tests.federation.small_federation import DECLARED, NAMES, POLICY, SPEC, with_privacy
+from tests.federation.small_federation import DECLARED, LOCAL_SGD, NAMES, POLICY, with_privacy
 
 LIAR = NAMES[2]
 HONEST = NAMES[:2]
@@ -255,11 +254,7 @@ def test_a_liar_within_the_bound_moves_the_model_and_breaks_nothing(federation, 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, 1e30])
 def test_an_update_that_is_no_number_does_not_count(federation, number):
-    sgd = LocalSgdSpec(
-        target_epsilon=2.0, delta=1e-5, evaluation_epsilon=30.0, centre_share=0.2, rounds=2, max_grad_norm=1.0,
-        sampling_rate=0.25, local_steps=2, learning_rate=1.0,
-    )  # fmt: skip
-    job = federation.job(replace(SPEC, privacy=sgd))
+    job = federation.job(LOCAL_SGD)
 
     def poisoned(_, reply):
         if _purpose(federation, reply) != "train":

@@ -18,8 +18,7 @@ from fedgrade.federation.payloads import (
 )
 from fedgrade.job import plan_job
 from fedgrade.model.weights import write_weights
-from fedgrade.privacy.plan import LocalSgdSpec
-from tests.federation.small_federation import DECLARED, NAMES, SPEC
+from tests.federation.small_federation import DECLARED, LOCAL_SGD, NAMES, SPEC
 
 JOB = plan_job(SPEC, declared_items=dict.fromkeys(NAMES, DECLARED), nonce="0")
 SHAPE = JOB.head_shape()
@@ -106,11 +105,7 @@ def test_sums_of_what_is_taken_never_overflow(signs, epsilon):
 
 
 def test_updates_of_local_steps_are_bounded_too():
-    sgd = LocalSgdSpec(
-        target_epsilon=2.0, delta=1e-5, evaluation_epsilon=30.0, centre_share=0.2, rounds=2, max_grad_norm=1.0,
-        sampling_rate=0.25, local_steps=2, learning_rate=1.0,
-    )  # fmt: skip
-    job = plan_job(replace(SPEC, privacy=sgd), declared_items=dict.fromkeys(NAMES, DECLARED), nonce="0")
+    job = plan_job(LOCAL_SGD, declared_items=dict.fromkeys(NAMES, DECLARED), nonce="0")
     size = release_size(job, "train")
     assert read_release(write_weights({"update": np.full(size, 1.5)}, metadata={}), job, "train", site=SITE)[0] == 1.5
     half = write_weights({"update": np.full(size, 0.5)}, metadata={})

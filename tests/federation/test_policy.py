@@ -5,19 +5,11 @@ import pytest
 from fedgrade.errors import DocumentRefused, PolicyViolated
 from fedgrade.federation.policy import Summation, admit, require_hidden_uploads
 from fedgrade.job import plan_job
-from fedgrade.privacy.plan import DistributedSpec
 from fedgrade.trust.canonical import decode_yaml
-from tests.federation.small_federation import DECLARED, NAMES, POLICY, SPEC, with_privacy
+from tests.federation.small_federation import DECLARED, DISTRIBUTED, NAMES, POLICY, SPEC, with_privacy
 
 ITEMS = dict.fromkeys(NAMES, DECLARED)
 TWO = dict.fromkeys(NAMES[:2], DECLARED)
-DISTRIBUTED = replace(
-    SPEC,
-    privacy=DistributedSpec(
-        target_epsilon=20.0, floor_epsilon=60.0, delta=1e-5, evaluation_epsilon=40.0, centre_share=0.2, rounds=2,
-        max_grad_norm=1.0,
-    ),
-)  # fmt: skip
 
 
 def planned(spec=SPEC, items=ITEMS):

@@ -3,6 +3,7 @@ import warnings
 import pytest
 
 from tests.federation.small_federation import SmallFederation, calibrate_once, quick_noise, zeros
+from tests.server.few_photos import shared_backbones
 
 with warnings.catch_warnings():
     # flwr pins a typer that still uses names which click deprecates; nobody here can act on it, so it is imported once
@@ -37,4 +38,4 @@ def quiet(monkeypatch):
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory):
     """Where the exported backbone is kept: once a session, for it takes seconds."""
-    return tmp_path_factory.mktemp("backbones")
+    return shared_backbones(tmp_path_factory)

@@ -6,23 +6,9 @@ from fedgrade.errors import RoundFailed
 from fedgrade.federation.policy import Summation
 from fedgrade.federation.verification import verify_federation
 from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec, LocalSpec, observer_epsilons
-from tests.federation.small_federation import NAMES, POLICY, PRIVACY, SPEC, with_privacy
+from tests.federation.small_federation import DISTRIBUTED, LOCAL_SGD, NAMES, POLICY, PRIVACY, with_privacy
 
 GENEROUS = replace(POLICY, epsilon_limit=1000.0, epsilon_per_job=600.0)
-DISTRIBUTED = replace(
-    SPEC,
-    privacy=DistributedSpec(
-        target_epsilon=20.0, floor_epsilon=60.0, delta=1e-5, evaluation_epsilon=40.0, centre_share=0.2, rounds=2,
-        max_grad_norm=1.0,
-    ),
-)  # fmt: skip
-SGD = replace(
-    SPEC,
-    privacy=LocalSgdSpec(
-        target_epsilon=2.0, delta=1e-5, evaluation_epsilon=30.0, centre_share=0.2, rounds=2, max_grad_norm=1.0,
-        sampling_rate=0.25, local_steps=2, learning_rate=1.0,
-    ),
-)  # fmt: skip
 
 
 def test_a_job_opens_verifies_and_costs_what_its_plan_said(federation):
@@ -70,10 +56,10 @@ def test_a_site_without_held_out_items_answers_with_noise_alone(federation):
 
 def test_local_sgd_runs_to_a_release_that_verifies(federation):
     policy = replace(POLICY, modes=("local", "local_sgd"))
-    job = federation.job(SGD)
+    job = federation.job(LOCAL_SGD)
     federation.run_in_process(job, policy=policy)
     seen = verify_federation(federation.root).jobs[job.digest].observers[NAMES[0]]
-    assert seen.coordinator == seen.model_holder <= SGD.privacy.target_epsilon
+    assert seen.coordinator == seen.model_holder <= LOCAL_SGD.privacy.target_epsilon
 
 
 def test_distributed_mode_runs_where_coordinator_and_sites_are_one_process(federation):
@@ -93,4 +79,8 @@ def test_distributed_mode_is_refused_where_uploads_would_travel_in_plain(federat
 
 
 def test_the_spec_of_every_mode_is_covered_here():
-    assert {LocalSpec, DistributedSpec, LocalSgdSpec} == {type(PRIVACY), type(DISTRIBUTED.privacy), type(SGD.privacy)}
+    assert {LocalSpec, DistributedSpec, LocalSgdSpec} == {
+        type(PRIVACY),
+        type(DISTRIBUTED.privacy),
+        type(LOCAL_SGD.privacy),
+    }

@@ -1,11 +1,31 @@
 """The demo's real photos, a few of each recycler: enough to run everything, too few to measure anything."""
 
 from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 from fedgrade.data.manifest import Split, read_manifest, write_manifest
 from fedgrade.grading import GradeScale
 
 TRAIN, TEST = 12, 6  # items of a recycler
+# Average pooling alone: a third of the features, and one exported backbone for all who ask for it.
+POOLING = "model.pooling=[average]"
+
+
+def shared_backbones(factory: pytest.TempPathFactory) -> Path:
+    """A folder that lasts as long as the session, whoever asks."""
+    folder = factory.getbasetemp() / "backbones"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def cache_beside(folder: Path, factory: pytest.TempPathFactory) -> Path:
+    """``folder / "cache"``, its backbones those of the session."""
+    cache = folder / "cache"
+    cache.mkdir()
+    (cache / "backbones").symlink_to(shared_backbones(factory))
+    return cache
 
 
 def few(site_manifests: Callable[..., dict[str, bytes]], *, recyclers: int) -> Callable[..., dict[str, bytes]]:

@@ -7,15 +7,17 @@ import pytest
 from fedgrade.cli import main
 from fedgrade.data import elpv
 from fedgrade.federation.verification import verify_federation
-from tests.server.few_photos import few
+from tests.server.few_photos import POOLING, cache_beside, few
 
-QUICK = ("privacy.rounds=2", "data.minimum_items=10")
+QUICK = ("privacy.rounds=2", "data.minimum_items=10", POOLING)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Where everything is written; one folder, so that the backbone is exported once."""
-    return tmp_path_factory.mktemp("runs")
+    """Where everything is written."""
+    folder = tmp_path_factory.mktemp("runs")
+    cache_beside(folder, tmp_path_factory)
+    return folder
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from fedgrade.job import plan_job
 from server.configure import compose_job
 from server.deployment import Deployment, DeploymentFailed
 from server.local_federation import LocalFederation, Terms, create_local_federation
-from tests.server.few_photos import few
+from tests.server.few_photos import POOLING, cache_beside, few
 
 pytestmark = pytest.mark.flower
 
 NOISELESS = str(Path(__file__).with_name("noiseless_site.py"))
 RECYCLERS = 3
-SPEC = compose_job(["privacy.rounds=3", "data.minimum_items=10"])
+SPEC = compose_job(["privacy.rounds=3", "data.minimum_items=10", POOLING])
 TERMS = Terms(modes=("local", "distributed"), epsilon_limit=8.0, epsilon_per_job=8.0)
 # Ray wants the main thread of a process of its own.
 SIMULATION = """
@@ -49,7 +49,9 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("engines")
+    folder = tmp_path_factory.mktemp("engines")
+    cache_beside(folder, tmp_path_factory)
+    return folder
 
 
 def created(folder, name):
@@ -133,7 +135,7 @@ def test_a_deployment_over_tls_ends_with_the_same_weights(deployment, in_process
 
 def test_a_deployment_refuses_noise_shares_that_would_travel_in_plain(deployment):
     federation, running = deployment
-    spec = compose_job(["privacy=distributed", "privacy.rounds=3", "data.minimum_items=10"])
+    spec = compose_job(["privacy=distributed", "privacy.rounds=3", "data.minimum_items=10", POOLING])
     job = with_job(federation, replace(spec, name="shares"))
     with pytest.raises(DeploymentFailed) as failed:
         running.follow(running.submit())
