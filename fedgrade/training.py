@@ -1,8 +1,9 @@
 """Gradients of single items, clipped: the head's private training. The one file that knows Opacus.
 
-The unit is the item: its photos' losses are averaged inside one sample, so that Opacus' per-sample gradient *is* the
-item's mean gradient. Two recipes: :func:`clipped_gradient_sum` for the full-batch modes (exact integer grid, noise
-added by the caller), and :func:`train_by_sgd` for ``local_sgd`` (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
+The unit is the item: its photos' losses are averaged before its gradient is clipped. Two recipes:
+:func:`clipped_gradient_sum` for the full-batch modes (closed form, exact integer grid, noise added by the caller), and
+:func:`train_by_sgd` for ``local_sgd`` (DP-SGD, Abadi et al. 2016, arXiv 1607.00133), where an item's photos are one
+sample to Opacus, so that its per-sample gradient *is* the item's mean gradient.
 """
 
 from collections.abc import Iterator
@@ -118,12 +119,28 @@ def train_by_sgd(thresholds: FloatArray, batch: ItemBatch, recipe: SgdRecipe) ->
 def _gradient_rows(thresholds: FloatArray, batch: ItemBatch) -> Iterator[FloatArray]:
     """Per-item gradients [items of a chunk, (grades - 1) * features]; chunks bound the memory."""
     for start in range(0, len(batch), _CHUNK_ITEMS):
-        module = _per_item_head(thresholds)
-        chunk = batch.take(slice(start, start + _CHUNK_ITEMS))
-        _backward(module, chunk)
-        rows = _weight(module).grad_sample.reshape(len(chunk), -1).numpy()
-        module.remove_hooks()
-        yield np.asarray(rows, dtype=np.float64)
+        yield _item_gradients(thresholds, batch.take(slice(start, start + _CHUNK_ITEMS)))
+
+
+def _item_gradients(thresholds: FloatArray, batch: ItemBatch) -> FloatArray:
+    """Mean gradients [items, (grades - 1) * features] of the items: (sigmoid(W_k . x) - t) x over their photos.
+
+    Guarantee: a row depends on its own item alone, to the last bit, wherever it stands and however far it is padded.
+    A matrix product's last bits depend on who else is in it, so that one item more could move every other row across a
+    border of the grid, beyond the sensitivity (Casacuberta et al. 2022, arXiv 2207.10635). Here sums run along one
+    photo's features, or photo after photo. A row that overflows is not finite; the grid drops it.
+    """
+    items, photos, features = batch.inputs.shape
+    above = batch.grades[:, None] > np.arange(len(thresholds))
+    rows = np.zeros((items, len(thresholds), features))
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for photo in range(photos):
+            inputs = np.ascontiguousarray(batch.inputs[:, photo])
+            scores = np.stack([(inputs * threshold).sum(axis=1) for threshold in thresholds], axis=1)
+            # tanh saturates instead of overflowing.
+            residuals = 0.5 * (1.0 + np.tanh(0.5 * scores)) - above
+            rows += (residuals * batch.photo_weights[:, photo, None])[:, :, None] * inputs[:, None, :]
+    return np.asarray(rows.reshape(items, -1), dtype=np.float64)
 
 
 def _per_item_head(thresholds: FloatArray) -> GradSampleModule:
