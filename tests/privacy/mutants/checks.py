@@ -1,0 +1,249 @@
+"""What must hold of the code that trains, charges and sends, each as one function that asserts it on the real path.
+
+The ordinary tests call them on the code as it is; the mutants are judged by the same functions.
+"""
+
+import hashlib
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import torch
+
+from fedgrade.federation.canaries import CanaryTrial, audit_job, canary_scores
+from fedgrade.federation.messages import Contribution, Refusal
+from fedgrade.federation.payloads import Head
+from fedgrade.federation.releases import SiteRows, gradient_sum
+from fedgrade.model.pooling import PooledBackbone
+from fedgrade.privacy import audit
+from fedgrade.privacy.plan import DistributedSpec
+from fedgrade.training import ItemBatch, SgdRecipe, clipped_gradient_sum, train_by_sgd
+from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
+from tests.federation.small_federation import (
+    NAMES,
+    POLICY,
+    SPEC,
+    ProjectedPhotos,
+    SmallFederation,
+    ask,
+    with_privacy,
+)
+
+SITE = NAMES[0]
+ROUNDS, CANARIES = 4, 300
+FEATURES = 4  # of a head's input, in the checks of local_sgd
+CLIP, LEARNING_RATE = 0.5, 0.1
+MECHANISM = DiscreteGaussian(sensitivity=2**20, scale=1)
+
+
+@cache
+def trial():
+    """Four rounds whose noise is small enough for a few hundred canaries to see what is wrong."""
+    return CanaryTrial(job=audit_job(epsilon=16.0, rounds=ROUNDS), purpose="train", canaries=CANARIES)
+
+
+# What leaves a site in the integer modes.
+
+
+def noise_is_as_large_as_charged(place):
+    del place
+    check = audit.deviation_check(canary_scores(trial()))
+    assert check.passed, check
+
+
+def presence_moves_the_sum_as_far_as_charged(place):
+    del place
+    check = audit.shift_check(canary_scores(trial()), trial().claim)
+    assert check.passed, check
+
+
+def one_item_moves_the_sum_by_at_most_the_sensitivity(place):
+    """Whatever the item: ten photos, huge features, not a number; at a head that is wrong about every one of them."""
+    del place
+    job, rng = trial().job, np.random.default_rng(0)
+    thresholds, inputs = job.head_shape()
+    head = Head(thresholds=np.full((thresholds, inputs), 10.0), centre=np.zeros(inputs - 1))
+    others = np.abs(rng.normal(size=(4, inputs - 1)))
+    base = gradient_sum(job, head, _rows(others, photos=[1, 2, 1]), MECHANISM)
+    same_photo = np.tile(others[:1], (10, 1))
+    for added in (same_photo, 1e300 * same_photo, np.where(same_photo > 1, np.nan, same_photo)):
+        rows = _rows(np.concatenate([others, added]), photos=[1, 2, 1, 10])
+        moved = gradient_sum(job, head, rows, MECHANISM) - base
+        assert sum(int(entry) ** 2 for entry in moved) <= MECHANISM.sensitivity**2
+
+
+def a_long_gradient_is_shortened_to_the_clip_and_keeps_its_direction(place):
+    """With a second item beside it, half as long: what one of them becomes must not depend on the other."""
+    del place
+    long = np.array([300.0, 400.0, 0.0, 0.0])
+    batch = _batch(np.stack([long, long / 2, np.array([0.0, 0.0, 0.3, 0.4])]))
+    total = clipped_gradient_sum(np.zeros((1, FEATURES)), batch, max_grad_norm=1.0, mechanism=MECHANISM)
+    # At a head of zero the gradient is half the input: two items at the clip, one of length 1/4 below it.
+    np.testing.assert_allclose(total / MECHANISM.sensitivity, [1.2, 1.6, 0.15, 0.2], rtol=1e-4)
+
+
+def _rows(features, *, photos):
+    return SiteRows(
+        features=features,
+        item_index=np.repeat(np.arange(len(photos)), photos),
+        grades=np.zeros(len(photos), dtype=np.int64),
+    )
+
+
+# What leaves a site in local_sgd.
+
+
+def every_step_adds_the_noise_that_is_charged_whatever_the_batch(place):
+    """Items without a gradient, in batches that are mostly empty: the update is noise alone, of every step."""
+    del place
+    steps, noise, features = 50, Fraction(2), 400
+    inputs = np.zeros((2, features))
+    update = train_by_sgd(
+        np.zeros((1, features)), _batch(inputs), _recipe(rate=Fraction(1, 20), noise=noise, steps=steps)
+    )
+    promised = LEARNING_RATE * float(noise) * CLIP * np.sqrt(steps)  # the expected batch is one item
+    scores = audit.CanaryScores(
+        scores=update[0, :200] / promised, included=np.arange(200) < 100, idle=update[0, 200:] / promised
+    )
+    check = audit.deviation_check(scores)
+    assert check.passed, check
+
+
+def one_item_moves_an_update_by_at_most_the_clip(place):
+    del place
+    inputs = np.array([[300.0, 400.0, 0.0, 0.0], [0.0, 0.0, np.nan, 1.0]])
+    update = train_by_sgd(np.zeros((1, FEATURES)), _batch(inputs), _recipe(rate=Fraction(1), steps=1, items=1))
+    assert np.linalg.norm(update) <= LEARNING_RATE * CLIP * 1.01, "the second item has no gradient to add"
+
+
+def an_item_that_is_not_a_number_does_not_poison_an_update(place):
+    del place
+    inputs = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, np.nan, 1.0]])
+    update = train_by_sgd(np.zeros((1, FEATURES)), _batch(inputs), _recipe(rate=Fraction(1), steps=1))
+    assert np.isfinite(update).all()
+
+
+def batches_are_as_random_as_the_amplification_claims(place):
+    """Batch sizes, read off updates of items that all pull the same way, are binomial: each item by its own coin."""
+    del place
+    items, rate, runs = 40, Fraction(1, 4), 200
+    inputs = np.tile([100.0, 0.0, 0.0, 0.0], (items, 1))
+    recipe = _recipe(rate=rate, steps=1, items=items)
+    expected_batch = items * float(rate)
+    sizes = np.array(
+        [
+            abs(train_by_sgd(np.zeros((1, FEATURES)), _batch(inputs), recipe)[0, 0])
+            for _ in range(runs)
+        ]
+    ) * (expected_batch / (LEARNING_RATE * CLIP))  # fmt: skip
+    binomial = np.sqrt(expected_batch * (1 - float(rate)))
+    assert abs(sizes.mean() - expected_batch) <= 5 * binomial / np.sqrt(runs)
+    assert abs(sizes.std() / binomial - 1) <= 5 / np.sqrt(2 * runs)
+
+
+def _batch(inputs):
+    return ItemBatch(
+        inputs=inputs[:, None, :], photo_weights=np.ones((len(inputs), 1)), grades=np.zeros(len(inputs), dtype=np.int64)
+    )
+
+
+def _recipe(*, rate, steps, noise=Fraction(1, 10**6), items=1):
+    mechanism = PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    return SgdRecipe(mechanism=mechanism, max_grad_norm=CLIP, learning_rate=LEARNING_RATE, declared_items=items)
+
+
+# What the frozen network may keep of photos.
+
+
+def photos_leave_no_trace_in_the_backbone(place):
+    del place
+    backbone = PooledBackbone(_BatchNormed(), ("average",))
+    before = _buffers(backbone)
+    backbone.train()
+    backbone(torch.rand(6, 3, 4, 4))
+    assert _buffers(backbone) == before
+
+
+class _BatchNormed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+
+    def forward_features(self, photos):
+        return self.norm(photos)
+
+
+def _buffers(module):
+    return {name: hashlib.sha256(buffer.numpy().tobytes()).hexdigest() for name, buffer in module.named_buffers()}
+
+
+# What is charged, and when.
+
+
+def charges_add_up_over_rounds_jobs_and_restarts(place):
+    federation = SmallFederation.create(place)
+    policy = replace(POLICY, epsilon_limit=60.0)
+    first, second = federation.job(nonce="1"), federation.job(nonce="2")
+    with federation.site(policy=policy) as site:
+        site.answer(federation.admission(first))
+        for question in (ask("centre"), ask("train", 0), ask("train", 1)):
+            assert isinstance(_told(federation, site, federation.question(first, question)), Contribution)
+    with federation.site(policy=policy) as site:
+        told = _told(federation, site, federation.admission(second))
+    assert isinstance(told, Refusal), "two jobs of epsilon 40 were admitted under a ceiling of 60"
+    assert told.code == "budget"
+
+
+def a_request_asked_twice_gets_the_same_bytes(place):
+    federation = SmallFederation.create(place)
+    job = federation.job()
+    with federation.site() as site:
+        site.answer(federation.admission(job))
+        question = federation.question(job, ask("centre"))
+        assert site.answer(question) == site.answer(question)
+    assert len(federation.charges(SITE)) == 1
+
+
+def photos_are_read_after_the_charge_is_on_disk(place):
+    federation = SmallFederation.create(place)
+    job, photos = federation.job(), _Watched(federation)
+    with federation.site(photos=photos) as site:
+        site.answer(federation.admission(job))
+        photos.charges.clear()
+        site.answer(federation.question(job, ask("train")))
+    assert photos.charges == [1]
+
+
+def a_share_of_noise_leaves_only_under_a_secure_sum(place):
+    federation = SmallFederation.create(place)
+    privacy = DistributedSpec(
+        target_epsilon=10.0, floor_epsilon=40.0, delta=1e-5, evaluation_epsilon=10.0, centre_share=0.2, rounds=1,
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    job = federation.job(replace(SPEC, privacy=privacy))
+    alone = federation.job(with_privacy(target_epsilon=10.0, rounds=1))
+    assert job.plan.train.scale < alone.plan.train.scale, "a share is less noise than the whole"
+    with federation.site(policy=replace(POLICY, modes=("local", "distributed"))) as site:
+        told = _told(federation, site, federation.admission(job))
+    assert isinstance(told, Refusal), "uploads that are not hidden were admitted with a share of the noise"
+
+
+class _Watched:
+    """Photos that write down how many charges stood in the ledger each time they were read."""
+
+    def __init__(self, federation):
+        self._federation = federation
+        self._photos = ProjectedPhotos(root=federation.folder(SITE) / "photos")
+        self.charges = []
+
+    def prepare(self, model, manifest):
+        self._photos.prepare(model, manifest)
+
+    def features(self, model, photos):
+        self.charges.append(len(self._federation.charges(SITE)))
+        return self._photos.features(model, photos)
+
+
+def _told(federation, site, message):
+    return federation.opened(site.answer(message)).document.body

@@ -1,0 +1,252 @@
+"""Every known way to get privacy wrong, applied to the real code, and the check that catches it: docs/mutants.md."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from fedgrade.federation import releases, site
+from fedgrade.federation.charging import Charging
+from fedgrade.federation.outbox import Outbox
+from fedgrade.model.head import head_inputs
+from fedgrade.model.pooling import PooledBackbone
+from fedgrade.privacy import grid
+from fedgrade.privacy.budget import Spending
+from fedgrade.privacy.noise import discrete_gaussian, floating_gaussian
+from fedgrade.trust.records import DiscreteGaussian
+from tests.federation.small_federation import calibrate_once, quick_noise
+from tests.privacy.mutants import checks
+
+PARTNERS = 3
+CHECKS = [
+    checks.noise_is_as_large_as_charged,
+    checks.presence_moves_the_sum_as_far_as_charged,
+    checks.one_item_moves_the_sum_by_at_most_the_sensitivity,
+    checks.a_long_gradient_is_shortened_to_the_clip_and_keeps_its_direction,
+    checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch,
+    checks.one_item_moves_an_update_by_at_most_the_clip,
+    checks.an_item_that_is_not_a_number_does_not_poison_an_update,
+    checks.batches_are_as_random_as_the_amplification_claims,
+    checks.photos_leave_no_trace_in_the_backbone,
+    checks.charges_add_up_over_rounds_jobs_and_restarts,
+    checks.a_request_asked_twice_gets_the_same_bytes,
+    checks.photos_are_read_after_the_charge_is_on_disk,
+    checks.a_share_of_noise_leaves_only_under_a_secure_sum,
+]
+# These start sites with ledgers, where noise need not be exact: half a second each would go to it.
+_WHOLE_PATH = frozenset(CHECKS[-4:])
+
+
+@pytest.fixture(autouse=True)
+def _solved_once(monkeypatch):
+    monkeypatch.setattr("fedgrade.job.calibrate", calibrate_once)
+
+
+def run(check, tmp_path, monkeypatch):
+    if check in _WHOLE_PATH:
+        monkeypatch.setattr(releases, "discrete_gaussian", quick_noise)
+    check(tmp_path / "federation")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_code_as_it_is_passes(check, tmp_path, monkeypatch):
+    run(check, tmp_path, monkeypatch)
+
+
+def noise_halved(patch):
+    patch.setattr(releases, "discrete_gaussian", lambda size, *, scale: discrete_gaussian(size, scale=scale // 2))
+
+
+def floating_noise_halved(patch):
+    patch.setattr(
+        "fedgrade.training.floating_gaussian", lambda size, *, scale: floating_gaussian(size, scale=scale / 2)
+    )
+
+
+def noise_divided_among_partners(patch):
+    share = np.sqrt(PARTNERS)
+    patch.setattr(
+        releases, "discrete_gaussian", lambda size, *, scale: discrete_gaussian(size, scale=int(scale / share))
+    )
+
+
+def shares_admitted_without_a_secure_sum(patch):
+    patch.setattr(site, "require_hidden_uploads", lambda job, summation: None)  # noqa: ARG005 - the signature
+
+
+def seed_reused(patch):
+    kept = {}
+
+    def same(size, *, scale):
+        if (size, scale) not in kept:
+            kept[size, scale] = discrete_gaussian(size, scale=scale)
+        return kept[size, scale]
+
+    patch.setattr(releases, "discrete_gaussian", same)
+
+
+def floating_seed_reused(patch):
+    kept = {}
+
+    def same(size, *, scale):
+        if (size, scale) not in kept:
+            kept[size, scale] = floating_gaussian(size, scale=scale)
+        return kept[size, scale]
+
+    patch.setattr("fedgrade.training.floating_gaussian", same)
+
+
+def clip_not_applied(patch):
+    patch.setattr(grid, "clip_rows", lambda rows, max_norm: rows)  # noqa: ARG005 - the signature
+
+
+def neither_clip_nor_exact_check(patch):
+    patch.setattr("fedgrade.training.grid_rows", _unclipped)
+
+
+def _unclipped(rows, *, max_norm, mechanism):
+    return np.trunc(np.nan_to_num(rows, posinf=0, neginf=0) / max_norm * mechanism.sensitivity).astype(np.int64)
+
+
+def clip_not_applied_to_updates(patch):
+    def unclipped(optimizer):
+        for parameter in optimizer.params:
+            parameter.summed_grad = parameter.grad_sample.sum(dim=0)
+
+    patch.setattr(DPOptimizer, "clip_and_accumulate", unclipped)
+
+
+def clip_by_parameter_and_not_by_item(patch):
+    honest = grid.clip_rows
+    patch.setattr(grid, "clip_rows", lambda rows, max_norm: honest(rows.T, max_norm).T)
+
+
+def clip_after_averaging_items(patch):
+    def averaged(rows, *, max_norm, mechanism):
+        return grid.grid_rows(rows.mean(axis=0, keepdims=True), max_norm=max_norm, mechanism=mechanism)
+
+    patch.setattr("fedgrade.training.grid_rows", averaged)
+
+
+def mean_instead_of_sum(patch):
+    honest = releases.clipped_gradient_sum
+
+    def mean(thresholds, batch, *, max_grad_norm, mechanism):
+        return honest(thresholds, batch, max_grad_norm=max_grad_norm, mechanism=mechanism) // max(1, len(batch))
+
+    patch.setattr(releases, "clipped_gradient_sum", mean)
+
+
+def empty_batch_skipped(patch):
+    honest = DPOptimizer.step
+
+    def step(optimizer, closure=None):
+        return None if len(optimizer.params[0].grad_sample) == 0 else honest(optimizer, closure)
+
+    patch.setattr(DPOptimizer, "step", step)
+
+
+def batches_shuffled(patch):
+    def shuffled(size, *, rate):
+        return np.random.default_rng().permutation(size) < round(rate * size)
+
+    patch.setattr("fedgrade.training.poisson_sample", shuffled)
+
+
+def batch_norm_in_train_mode(patch):
+    patch.setattr(PooledBackbone, "train", nn.Module.train)
+
+
+def photos_counted_as_items(patch):
+    def each_photo_an_item(rows, centre):
+        inputs = head_inputs(rows.features, centre)[:, None, :]
+        return releases.ItemBatch(
+            inputs=inputs, photo_weights=np.ones((len(inputs), 1)), grades=rows.grades[rows.item_index]
+        )
+
+    patch.setattr(releases, "_padded", each_photo_an_item)
+
+
+def not_a_number_let_through(patch):
+    patch.setattr(torch, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
+
+
+def fresh_accountant_each_round(patch):
+    patch.setattr(Charging, "spending", lambda charging, account: Spending())  # noqa: ARG005 - the signature
+
+
+def resend_with_fresh_noise(patch):
+    patch.setattr(Outbox, "find", lambda outbox, request_digest: None)  # noqa: ARG005 - the signature
+    patch.setattr(Charging, "require_fresh", lambda charging, ask, *, maximum_attempts: None)  # noqa: ARG005
+
+
+def resend_forgotten(patch):
+    patch.setattr(Outbox, "find", lambda outbox, request_digest: None)  # noqa: ARG005 - the signature
+
+
+def reserve_after_compute(patch):
+    reserve, commit = Charging.reserve, Charging.commit
+
+    def postponed(charging, ask, **terms):
+        del charging, ask
+        return terms
+
+    def both(charging, ask, *, reserved, message_digest):
+        return commit(charging, ask, reserved=reserve(charging, ask, **reserved), message_digest=message_digest)
+
+    patch.setattr(Charging, "reserve", postponed)
+    patch.setattr(Charging, "commit", both)
+
+
+MUTANTS = [
+    (noise_halved, checks.noise_is_as_large_as_charged),
+    (floating_noise_halved, checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch),
+    (noise_divided_among_partners, checks.noise_is_as_large_as_charged),
+    (shares_admitted_without_a_secure_sum, checks.a_share_of_noise_leaves_only_under_a_secure_sum),
+    (clip_not_applied, checks.presence_moves_the_sum_as_far_as_charged),
+    (neither_clip_nor_exact_check, checks.one_item_moves_the_sum_by_at_most_the_sensitivity),
+    (neither_clip_nor_exact_check, checks.presence_moves_the_sum_as_far_as_charged),
+    (clip_not_applied_to_updates, checks.one_item_moves_an_update_by_at_most_the_clip),
+    (clip_by_parameter_and_not_by_item, checks.a_long_gradient_is_shortened_to_the_clip_and_keeps_its_direction),
+    (clip_after_averaging_items, checks.presence_moves_the_sum_as_far_as_charged),
+    (mean_instead_of_sum, checks.presence_moves_the_sum_as_far_as_charged),
+    (seed_reused, checks.noise_is_as_large_as_charged),
+    (floating_seed_reused, checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch),
+    (empty_batch_skipped, checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch),
+    (batch_norm_in_train_mode, checks.photos_leave_no_trace_in_the_backbone),
+    (fresh_accountant_each_round, checks.charges_add_up_over_rounds_jobs_and_restarts),
+    (resend_with_fresh_noise, checks.a_request_asked_twice_gets_the_same_bytes),
+    (resend_forgotten, checks.a_request_asked_twice_gets_the_same_bytes),
+    (photos_counted_as_items, checks.one_item_moves_the_sum_by_at_most_the_sensitivity),
+    (not_a_number_let_through, checks.an_item_that_is_not_a_number_does_not_poison_an_update),
+    (batches_shuffled, checks.batches_are_as_random_as_the_amplification_claims),
+    (reserve_after_compute, checks.photos_are_read_after_the_charge_is_on_disk),
+]
+
+
+@pytest.mark.parametrize(("mutant", "check"), MUTANTS, ids=lambda function: function.__name__)
+def test_the_mutant_is_caught(mutant, check, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        if check in _WHOLE_PATH:
+            patch.setattr(releases, "discrete_gaussian", quick_noise)
+        mutant(patch)
+        with pytest.raises(AssertionError):
+            check(tmp_path / "federation")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_without_a_clip_the_exact_check_still_drops_whatever_is_too_long_or_no_number(monkeypatch):
+    """NaN cannot get through on the integer grid: two lines would have to go, and only one is a clip."""
+    clip_not_applied(monkeypatch)
+    rows = np.array([[np.nan, 0.0], [np.inf, 0.0], [3.0, 4.0], [0.5, 0.0]])
+    integers = grid.grid_rows(rows, max_norm=1.0, mechanism=DiscreteGaussian(sensitivity=1000, scale=1))
+    assert integers.tolist() == [[0, 0], [0, 0], [0, 0], [499, 0]]
+
+
+def test_no_seed_can_be_given_to_what_draws_noise():
+    """There is nothing to configure: what draws noise takes a size and a scale."""
+    for draw in (discrete_gaussian, floating_gaussian):
+        assert set(inspect.signature(draw).parameters) == {"size", "scale"}
