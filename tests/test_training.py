@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedgrade.errors import ModelRefused
 from fedgrade.model.head import head_inputs, item_mean, ordinal_gradient
 from fedgrade.privacy.plan import exact
-from fedgrade.training import ItemBatch, SgdRecipe, clipped_gradient_sum, train_by_sgd
+from fedgrade.training import ItemBatch, SgdRecipe, _gradient_rows, clipped_gradient_sum, train_by_sgd
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 GRID = 2**20
@@ -116,6 +116,17 @@ def test_every_item_counts_once_wherever_the_chunks_end(items):
     photos = [np.eye(3)[[item % 3]] for item in range(items)]
     found = clipped_sum(np.zeros((1, 3)), padded(photos, [0] * items))
     assert found.tolist() == [524_287 * len(range(column, items, 3)) for column in range(3)]
+
+
+@pytest.mark.parametrize(("items", "features"), [(130, 40), (9, 3840), (300, 64)])
+def test_an_items_part_of_the_sum_is_its_own_to_the_last_bit(items, features):
+    # Else one item more could move every other item's row across a border of the grid.
+    thresholds, photos, batch = problem(items, seed=9, features=features)
+    alone = [padded([rows], [grade]) for rows, grade in zip(photos, batch.grades, strict=True)]
+    unpadded = [np.concatenate(list(_gradient_rows(thresholds, one))) for one in alone]
+    together = np.concatenate(list(_gradient_rows(thresholds, batch)))
+    np.testing.assert_array_equal(np.concatenate(unpadded), together)
+    np.testing.assert_array_equal(sum(clipped_sum(thresholds, one) for one in alone), clipped_sum(thresholds, batch))
 
 
 def test_no_items_sum_to_zero():
