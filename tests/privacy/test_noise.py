@@ -68,6 +68,12 @@ def test_no_seed_can_reproduce_the_noise(draw):
     assert not np.array_equal(first, draw())
 
 
+def test_pytorchs_generator_keeps_only_32_bits_of_its_seed_which_is_why_its_noise_is_not_used():
+    torch = pytest.importorskip("torch")
+    one, other = (torch.Generator().manual_seed(seed) for seed in (12345, 12345 + (7 << 32)))
+    assert torch.equal(torch.randn(10, generator=one), torch.randn(10, generator=other))
+
+
 def test_a_forked_process_does_not_repeat_its_parents_noise():
     program = """
         import os
