@@ -90,10 +90,10 @@ def _read_job(source: Path, roster: Path | None) -> "TrainingJob":
 
 
 def _described(purpose: str, report: AuditReport) -> str:
-    claim = report.claim
+    claim, releases = report.claim, "release" if report.claim.rounds == 1 else "releases"
     return (
-        f"Claim for {purpose}: {claim.rounds} releases with noise of {claim.noise_multiplier:.3f} times the "
-        f"sensitivity cost epsilon {printed(claim.epsilon)} at delta {float(claim.delta):g}, per item."
+        f"Claim for {purpose}: {claim.rounds} {releases} with noise of {claim.noise_multiplier:.3f} times the "
+        f"sensitivity, at a cost of epsilon {printed(claim.epsilon)} at delta {float(claim.delta):g}, per item."
     )
 
 
