@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedgrade.cli import cli
-from fedgrade.errors import PlanRefused
+from fedgrade.errors import PlanRefused, SignatureRefused
 from fedgrade.federation import releases
 from fedgrade.privacy.audit import (
     AuditClaim,
@@ -23,6 +23,9 @@ from fedgrade.privacy.audit import (
     one_run_epsilon,
     shift_epsilon,
 )
+from fedgrade.trust.envelope import seal
+from fedgrade.trust.identity import SigningKey
+from tests.federation.small_federation import SmallFederation
 
 DELTA = 1e-5
 # sqrt(rounds) / noise multiplier at which a Gaussian costs these epsilons at 1e-5, by dp-accounting 0.6.
@@ -168,3 +171,15 @@ def test_without_the_site_extra_the_command_says_what_to_install():
     assert done.returncode == 1
     assert "pip install 'fedgrade[site]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_mechanisms_of_a_sealed_job_are_audited_and_no_one_else_s(tmp_path):
+    federation = SmallFederation.create(tmp_path / "federation")
+    (tmp_path / "job").write_bytes(seal(federation.job(), federation.coordinator_key))
+    (tmp_path / "forged").write_bytes(seal(federation.job(), SigningKey.generate()))
+    roster = ("--roster", str(federation.root / "roster.json"), "--canaries", "300")
+    result = CliRunner().invoke(cli, ["audit", "--mechanism-from", str(tmp_path / "job"), *roster])
+    assert result.exit_code == 0, result.output
+    assert "Claim for train: 2 releases" in result.output
+    forged = CliRunner().invoke(cli, ["audit", "--mechanism-from", str(tmp_path / "forged"), *roster])
+    assert isinstance(forged.exception, SignatureRefused)
