@@ -48,13 +48,18 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
         lineage=settings.lineage,
         cohort=settings.cohort,
         declared_items=settings.declared_items,
+        photos_per_item=settings.photos_per_item,
         photos=LocalPhotos(site=site),
     )
     charging = Charging.open(
         site.path(settings.ledger), site=settings.site, key=identity.key, clock=lambda: datetime.now(UTC)
     )
     outbox = Outbox(site.path(settings.outbox))
-    return Site(identity=identity, data=data, policy=policy, charging=charging, outbox=outbox), charging
+    members = site.path(settings.ledger + ".members")
+    return (
+        Site(identity=identity, data=data, policy=policy, charging=charging, outbox=outbox, members=members),
+        charging,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ class SiteSettings:
         photos: folder that the manifest's paths start from.
         lineage, cohort: name the data set and the batch in which it came in; budgets hang on them for life.
         declared_items: the number of training items that this partner publishes.
+        photos_per_item: the most photos that one item may have.
         ledger: the append-only file; never delete it.
         outbox: sent replies, so that a question asked twice gets the same bytes.
         cache: extracted features; as sensitive as the photos.
@@ -51,6 +52,7 @@ class SiteSettings:
     lineage: str
     cohort: str
     declared_items: int
+    photos_per_item: int
     ledger: str
     outbox: str
     cache: str
@@ -62,6 +64,8 @@ class SiteSettings:
 
     def __post_init__(self) -> None:
         site_id(self.site)
+        if self.photos_per_item < 1:
+            raise DocumentRefused(f"site.photos_per_item: {self.photos_per_item} must be at least 1")
         if self.declared_items < 1:
             raise DocumentRefused(f"site.declared_items: {self.declared_items} must be at least 1")
 

@@ -4,6 +4,7 @@ For the demo, for trials and for tests. Every file is the one a real partner wou
 would keep it; the folder must lie outside version control. Only the demo's photos (elpv-dataset) are known here.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ import yaml
 
 from clients.settings import read_site
 from fedgrade.data import elpv
-from fedgrade.data.manifest import Split, read_manifest
+from fedgrade.data.manifest import SYNTHETIC_CEILING, Split, read_manifest
 from fedgrade.errors import DocumentRefused
 from fedgrade.federation.in_process import Answer
 from fedgrade.grading import GradeScale
@@ -24,7 +25,7 @@ from fedgrade.trust.identity import Roster, SigningKey, SiteId, site_id
 from server.certificates import create_node_key
 from server.coordinate import CoordinatorFolder
 
-# What partners publish is rounded, so that it does not tell whether one item more or less is there.
+# What partners publish is rounded: it need not be exact, and what is not exact says less. It is no privacy by itself.
 DECLARED_STEP = 50
 
 
@@ -137,7 +138,11 @@ def _create_site(
     declared = max(DECLARED_STEP, round(items / DECLARED_STEP) * DECLARED_STEP)
     (folder / "policy.yaml").write_text(
         _POLICY.format(
-            modes=", ".join(terms.modes), epsilon_limit=terms.epsilon_limit, epsilon_per_job=terms.epsilon_per_job
+            modes=", ".join(terms.modes),
+            epsilon_limit=terms.epsilon_limit,
+            epsilon_per_job=terms.epsilon_per_job,
+            grades=json.dumps(scale.labels),
+            synthetic_ceiling=SYNTHETIC_CEILING,
         )
     )
     settings = {
@@ -150,6 +155,7 @@ def _create_site(
         "lineage": f"elpv-{site}",
         "cohort": "2018",
         "declared_items": declared,
+        "photos_per_item": 1,
         "ledger": "ledger.jsonl",
         "outbox": "outbox",
         "cache": str(cache.resolve() / site),
@@ -173,4 +179,6 @@ maximum_attempts: 3         # of one round; each is charged
 minimum_participants: 3     # with fewer, the sum says too much about each
 minimum_items: 50
 backbones: [tf_efficientnet_lite0]
+grades: {grades}
+synthetic_ceiling: {synthetic_ceiling}     # of this recycler's own training photos
 """

@@ -40,10 +40,15 @@ def require_same_terms(dataset: DatasetOpened, *, standing: DatasetOpened) -> No
     """
     same_terms = replace(dataset, epsilon_limit=standing.epsilon_limit, delta=standing.delta)
     changed = [name for name in vars(standing) if getattr(same_terms, name) != getattr(standing, name)]
+    if changed == ["composition"]:
+        raise LedgerBroken(
+            f"data {dataset.lineage}/{dataset.cohort}: is under account as {standing.composition} for life, and "
+            f"policy.modes now asks for {dataset.composition}; put policy.modes back to what they were"
+        )
     if changed:
         raise LedgerBroken(
-            f"data {dataset.lineage}/{dataset.cohort}: {changed[0]} differs from what the ledger has on record; a "
-            "changed data set is a new ingestion cohort, under a new name"
+            f"data {dataset.lineage}/{dataset.cohort}: {changed[0]} differs from what the ledger has on record; put "
+            "the manifest back, and list new items alone in a new cohort"
         )
 
 
@@ -87,6 +92,11 @@ class Charging:
         charging._writer = LedgerWriter.open(path, key=key, observe=charging._observe)
         charging._writer.start(owner=site, role="site", now=clock())
         return charging
+
+    @property
+    def opened(self) -> frozenset[str]:
+        """Names ``lineage/cohort`` of what is under account."""
+        return frozenset(f"{lineage}/{cohort}" for lineage, cohort in self._datasets)
 
     def open_dataset(self, dataset: DatasetOpened) -> None:
         """Put ``dataset`` under account, or confirm that it is, on the terms it was opened with.

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from fedgrade.errors import LedgerUnavailable
 
+KEPT_REPLIES = 256
+
 
 class Outbox:
     """Sent replies on disk, by the digest of the request they answer."""
@@ -32,9 +34,16 @@ class Outbox:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            self._forget_oldest()
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise LedgerUnavailable(f"outbox {path}: could not be written ({error.strerror})") from error
+
+    def _forget_oldest(self) -> None:
+        """Keep the newest replies alone; a coordinator that asks for an older one is told to try a further attempt."""
+        replies = sorted(self._folder.glob("*.reply"), key=lambda path: path.stat().st_mtime_ns)
+        for path in replies[:-KEPT_REPLIES]:
+            path.unlink(missing_ok=True)
 
     def _path(self, request_digest: str) -> Path:
         return self._folder / f"{request_digest}.reply"

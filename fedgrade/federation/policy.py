@@ -46,6 +46,10 @@ class Policy:
         minimum_participants: fewer partners than this, and the sum says too much about each.
         minimum_items: with fewer items of one's own, stay out.
         backbones: architectures this partner runs.
+        grades: labels this partner grades by, best to worst; a job with others is refused before the manifest is read,
+            so that jobs cannot ask about single labels.
+        synthetic_ceiling: largest share of synthetic training photos in this partner's own manifest; a job that wants
+            less is refused unread, for the same reason.
     """
 
     modes: tuple[Mode, ...]
@@ -57,6 +61,8 @@ class Policy:
     minimum_participants: int
     minimum_items: int
     backbones: tuple[str, ...]
+    grades: tuple[str, ...]
+    synthetic_ceiling: float
 
     def __post_init__(self) -> None:
         for name in ("epsilon_limit", "epsilon_per_job"):
@@ -64,6 +70,8 @@ class Policy:
                 raise DocumentRefused(f"policy.{name}: {getattr(self, name)} must be above 0")
         if not MIN_DELTA <= exact(self.delta) < 1:
             raise DocumentRefused(f"policy.delta: {self.delta} must be at least 1e-9 and below 1")
+        if not 0 <= self.synthetic_ceiling <= 1:
+            raise DocumentRefused(f"policy.synthetic_ceiling: {self.synthetic_ceiling} must be in [0, 1]")
         for name in ("maximum_rounds", "maximum_attempts", "minimum_participants", "minimum_items"):
             if getattr(self, name) < 1:
                 raise DocumentRefused(f"policy.{name}: {getattr(self, name)} must be at least 1")
@@ -108,6 +116,14 @@ def admit(job: TrainingJob, *, policy: Policy, site: SiteId, declared_items: int
         (
             spec.model.backbone in policy.backbones,
             f"model.backbone {spec.model.backbone!r} is not among policy.backbones {list(policy.backbones)}",
+        ),
+        (
+            spec.grading.labels == policy.grades,
+            f"grading.labels {list(spec.grading.labels)} are not policy.grades {list(policy.grades)}",
+        ),
+        (
+            spec.data.synthetic_ceiling >= policy.synthetic_ceiling,
+            f"data.synthetic_ceiling {spec.data.synthetic_ceiling} is below the policy's {policy.synthetic_ceiling}",
         ),
         (
             declared_items >= policy.minimum_items,

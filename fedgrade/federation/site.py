@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, assert_never
 
 import numpy as np
@@ -28,6 +29,7 @@ from fedgrade.errors import (
     PolicyViolated,
 )
 from fedgrade.federation.charging import Ask, Charging
+from fedgrade.federation.members import Members
 from fedgrade.federation.messages import (
     AdmitRequest,
     Admitted,
@@ -86,13 +88,15 @@ class SiteIdentity:
 class SiteData:
     """What this site holds: sensitive, never sent.
 
-    ``declared_items`` is the one number about it that the partner publishes.
+    ``declared_items`` is what the partner publishes of its size; ``photos_per_item`` is the most photos it lets an item
+    have, a bound that it chose and not a count.
     """
 
     manifest: bytes
     lineage: str
     cohort: str
     declared_items: int
+    photos_per_item: int
     photos: PhotoFeatures
 
     def __repr__(self) -> str:
@@ -110,6 +114,7 @@ class Site:
         policy: Policy,
         charging: Charging,
         outbox: Outbox,
+        members: Path,
         summation: Summation = Summation.PLAIN,
     ) -> None:
         self._identity = identity
@@ -118,6 +123,9 @@ class Site:
         self._charging = charging
         self._outbox = outbox
         self._summation = summation
+        # A deterministic signature is a secret that only this key can make: commitments bind and reveal nothing.
+        self._secret = hashlib.sha256(identity.key.sign(b"fedgrade manifest commitment 1")).digest()
+        self._members = Members(members, secret=self._secret)
         self._jobs: dict[str, _OpenJob] = {}
         self._one_at_a_time = threading.Lock()
 
@@ -154,9 +162,12 @@ class Site:
             raise MessageRefused("the sealed job is not the one that the message names")
         self._require_affordable(opened)
         self._data.photos.prepare(opened.job.spec.model, opened.manifest)
+        self._members.require_apart(
+            opened.manifest, lineage=self._data.lineage, cohort=self._data.cohort, opened=self._charging.opened
+        )
         self._charging.open_dataset(opened.dataset)
         self._charging.accept(opened.job, envelope=body.job_envelope)
-        self._jobs[opened.job.digest] = opened
+        self._jobs = {opened.job.digest: opened}
         logger.info("job %s admitted, epsilon %s planned", opened.job.spec.name, opened.job.spec.privacy.target_epsilon)
         return self._reply(Admitted(), request_digest)
 
@@ -203,9 +214,22 @@ class Site:
         admit(job, policy=self._policy, site=self._identity.site, declared_items=self._data.declared_items)
         require_hidden_uploads(job, self._summation)
         self._require_known(job)
-        ceiling = job.spec.data.synthetic_ceiling
+        # By the partner's own rules, which the job was just held against: whether the manifest passes says nothing
+        # that a job could choose to ask.
+        ceiling = self._policy.synthetic_ceiling
         manifest = read_manifest(self._data.manifest, job.spec.grading, synthetic_ceiling=ceiling)
+        self._require_bounded(manifest)
         return _OpenJob(job=job, manifest=manifest, dataset=self._dataset(manifest))
+
+    def _require_bounded(self, manifest: Manifest) -> None:
+        """Refuse a manifest in which an item has more photos than the partner declared."""
+        for split in Split:
+            for item in manifest.items(split):
+                if len(item.photos) > self._data.photos_per_item:
+                    raise DataRefused(
+                        f"item {item.name!r}: has {len(item.photos)} photos; photos_per_item is "
+                        f"{self._data.photos_per_item}"
+                    )
 
     def _require_known(self, job: TrainingJob) -> None:
         """Refuse a job with participants whom this site's own roster does not name: they would hide nobody."""
@@ -219,22 +243,19 @@ class Site:
             opened = self._read_job(self._charging.job_envelope(job_digest))
             # The partner may have moved its ceiling meanwhile; charges must stand under the one on record.
             self._charging.open_dataset(opened.dataset)
-            self._jobs[job_digest] = opened
+            self._jobs = {job_digest: opened}
         return self._jobs[job_digest]
 
     def _dataset(self, manifest: Manifest) -> DatasetOpened:
         ceiling = self._policy.ceiling
-        # A deterministic signature is a secret that only this key can make: the commitment binds and reveals nothing.
-        secret = hashlib.sha256(self._identity.key.sign(b"fedgrade manifest commitment 1")).digest()
-        items = (*manifest.items(Split.TRAIN), *manifest.items(Split.TEST))
         return DatasetOpened(
             lineage=self._data.lineage,
             cohort=self._data.cohort,
             unit="item",
             adjacency="add_or_remove_one",
-            photos_per_item=max((len(item.photos) for item in items), default=1),
+            photos_per_item=self._data.photos_per_item,
             declared_items=self._data.declared_items,
-            manifest_commitment=hmac.new(secret, manifest.digest.encode(), hashlib.sha256).hexdigest(),
+            manifest_commitment=hmac.new(self._secret, manifest.digest.encode(), hashlib.sha256).hexdigest(),
             composition=ceiling.composition,
             epsilon_limit=ceiling.epsilon,
             delta=ceiling.delta,
@@ -282,7 +303,8 @@ class Site:
             logger.warning("refused (%s): %s", code, error)
         else:
             logger.error("refused (%s)", code, exc_info=error)
-        private = code == "data" or not isinstance(error, FedgradeError)
+        # Paths and file names of this machine are nobody else's business either.
+        private = code in {"data", "ledger"} or not isinstance(error, FedgradeError)
         reason = "this site's own operator can see why in its log" if private else str(error)
         return self._reply(Refusal(code=code, reason=reason[:MAX_REASON]), request_digest)
 

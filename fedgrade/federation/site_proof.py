@@ -115,6 +115,8 @@ class _Reading:
             case DatasetOpened():
                 if standing := self.datasets.get((body.lineage, body.cohort)):
                     require_same_terms(body, standing=standing)
+                elif any(body.manifest_commitment == other.manifest_commitment for other in self.datasets.values()):
+                    raise LedgerBroken(f"puts one manifest under account twice, now as {body.lineage}/{body.cohort}")
                 self.datasets[body.lineage, body.cohort] = body
             case PlanAccepted():
                 self._plan(body)

@@ -21,6 +21,7 @@ GRID_BITS = 20
 COUNT_GRID_BITS = 10
 MIN_PARTICIPANTS = 2
 _MAX_ROUNDS = 10_000
+_MAX_STEPS = 20_000  # accountants take longer with every step, and a job is solved by whoever reads it
 _SGD_DELTA_SHARE = 4  # the first Poisson job of a mixed account has delta / 4
 
 
@@ -86,6 +87,11 @@ class LocalSgdSpec:
             raise JobRefused(f"privacy.sampling_rate: {self.sampling_rate} must be in (0, 1]")
         if not 1 <= self.local_steps <= _MAX_ROUNDS:
             raise JobRefused(f"privacy.local_steps: {self.local_steps} must be in 1..{_MAX_ROUNDS}")
+        if self.local_steps * self.rounds > _MAX_STEPS:
+            raise JobRefused(
+                f"privacy.local_steps: {self.local_steps} in each of {self.rounds} rounds; at most {_MAX_STEPS} steps "
+                "in all"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise JobRefused(f"privacy.learning_rate: {self.learning_rate} must be above 0")
 

@@ -137,7 +137,7 @@ class LedgerWriter:
         entry = Entry(
             sequence=self.head.entries,
             previous=self.head.digest,
-            time=now.astimezone(UTC).isoformat(timespec="microseconds"),
+            time=now.astimezone(UTC).replace(microsecond=0).isoformat(timespec="microseconds"),
             body=body,
         )
         if entry.time < self.head.time:

@@ -97,7 +97,8 @@ class Genesis:
 class DatasetOpened:
     """A data set was put under account, with the partner's ceiling on it.
 
-    ``manifest_commitment`` is an HMAC of the manifest under the partner's own key: it binds, and reveals nothing.
+    ``photos_per_item`` is the bound that the partner declared, not a count. ``manifest_commitment`` is an HMAC of the
+    manifest under the partner's own key: it binds, and reveals nothing.
     ``composition`` is fixed for the account's life: ``zcdp`` admits integer noise alone, and all of ``delta`` turns
     rho into epsilon; ``mixed`` also admits Poisson runs, and splits ``delta`` in advance.
     """
@@ -113,6 +114,19 @@ class DatasetOpened:
     composition: Composition
     epsilon_limit: Fraction
     delta: Fraction
+
+    def __post_init__(self) -> None:
+        if self.declared_items < 1 or self.photos_per_item < 1:
+            raise DocumentRefused(
+                f"data set: declared_items {self.declared_items} and photos_per_item {self.photos_per_item} must be "
+                "at least 1"
+            )
+        # Above this, epsilon says little: one item in ten times n could be shown in full (PRIVACY.md, unit).
+        if not 0 < self.delta <= Fraction(1, 10 * self.declared_items):
+            raise DocumentRefused(
+                f"data set: delta {float(self.delta):g} must be above 0 and at most 1/(10 n) = "
+                f"{1 / (10 * self.declared_items):.1e} for {self.declared_items} declared items"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,6 +92,8 @@ POLICY = Policy(
     minimum_participants=2,
     minimum_items=4,
     backbones=("tf_efficientnet_lite0",),
+    grades=SCALE.labels,
+    synthetic_ceiling=0.1,
 )
 NAMES = (site_id("recycler-a"), site_id("recycler-b"), site_id("recycler-c"))
 FIRST = datetime(2026, 1, 1, tzinfo=UTC)
@@ -211,21 +213,30 @@ class SmallFederation:
         policy: Policy = POLICY,
         photos: PhotoFeatures | None = None,
         summation: Summation = Summation.PLAIN,
+        cohort: str = "2026",
+        photos_per_item: int = 9,
     ) -> Iterator[Site]:
         """One site, its ledger held until the block ends."""
         folder = self.folder(name)
         data = SiteData(
             manifest=(folder / "manifest.csv").read_bytes(),
             lineage=f"squares-{name}",
-            cohort="2026",
+            cohort=cohort,
             declared_items=DECLARED,
+            photos_per_item=photos_per_item,
             photos=photos or ProjectedPhotos(root=folder / "photos"),
         )
         identity = SiteIdentity(site=name, key=self.site_keys[name], roster=self.roster)
         with Charging.open(self.ledger(name), site=name, key=identity.key, clock=self.clock) as charging:
             outbox = Outbox(folder / "outbox")
             yield Site(
-                identity=identity, data=data, policy=policy, charging=charging, outbox=outbox, summation=summation
+                identity=identity,
+                data=data,
+                policy=policy,
+                charging=charging,
+                outbox=outbox,
+                members=folder / "members.json",
+                summation=summation,
             )
 
     @contextmanager

@@ -21,6 +21,7 @@ from tests.federation.small_federation import (
     DECLARED,
     NAMES,
     POLICY,
+    SCALE,
     SPEC,
     ProjectedPhotos,
     SmallFederation,
@@ -403,24 +404,78 @@ def test_a_job_shown_again_after_it_has_begun_is_not_charged_for_twice_in_advanc
         assert isinstance(told(federation, site, federation.question(job, ask("train", 1))), Contribution)
 
 
-def test_changed_photos_under_an_old_name_are_refused(federation, job):
+def refusal_and_log(federation, site, request, caplog):
+    """What the coordinator is told, and what the partner's own log says."""
+    with caplog.at_level(logging.WARNING):
+        code, reason = refusal(federation, site, request)
+    return code, reason, caplog.text
+
+
+def test_changed_photos_under_an_old_name_are_refused(federation, job, caplog):
     with federation.site() as site:
         site.answer(federation.admission(job))
     manifest = federation.folder(SITE) / "manifest.csv"
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
     with federation.site() as site:
-        code, reason = refusal(federation, site, federation.admission(federation.job(nonce="2")))
-    assert code == "ledger"
-    assert "manifest_commitment differs" in reason
+        told = refusal_and_log(federation, site, federation.admission(federation.job(nonce="2")), caplog)
+    assert told[0] == "ledger"
+    assert "manifest_commitment differs" in told[2]
+    assert str(federation.root) not in told[1]
 
 
-def test_another_mode_of_adding_up_needs_a_new_cohort(federation, job):
+def test_old_items_get_no_new_budget_under_a_new_name(federation, job, caplog):
+    """A cohort is for new items alone; even one old item among new ones is one too many."""
+    with federation.site() as site:
+        site.answer(federation.admission(job))
+    manifest = federation.folder(SITE) / "manifest.csv"
+    for text in (manifest.read_text(), "".join(manifest.read_text().splitlines(keepends=True)[:-1])):
+        manifest.write_text(text)
+        before = federation.ledger(SITE).read_bytes()
+        with federation.site(cohort="2027") as site:
+            told = refusal_and_log(federation, site, federation.admission(federation.job(nonce="2")), caplog)
+        assert told[0] == "ledger"
+        assert "under account as" in told[2]
+        assert federation.ledger(SITE).read_bytes() == before
+
+
+def test_without_its_members_file_a_ledger_opens_no_further_cohort(federation, job, caplog):
+    with federation.site() as site:
+        site.answer(federation.admission(job))
+    (federation.folder(SITE) / "members.json").unlink()
+    with federation.site(cohort="2027") as site:
+        told = refusal_and_log(federation, site, federation.admission(federation.job(nonce="2")), caplog)
+    assert told[0] == "ledger"
+    assert "restore the file" in told[2]
+
+
+def test_a_job_cannot_ask_about_single_labels_or_the_share_of_synthetic_photos(federation):
+    """Whether a job is admitted depends on the partner's rules, never on which grades its photos have."""
+    scale = replace(SCALE, labels=("A", "B", "X"), critical=("X",))
+    curious = [
+        replace(SPEC, grading=scale),
+        replace(SPEC, data=replace(SPEC.data, synthetic_ceiling=0.05)),
+    ]
+    for spec in curious:
+        with federation.site() as site:
+            code, reason = refusal(federation, site, federation.admission(federation.job(spec)))
+        assert code == "policy"
+        assert "polic" in reason
+
+
+def test_an_item_with_more_photos_than_declared_is_refused(federation, job, caplog):
+    with federation.site(photos_per_item=1) as site:
+        told = refusal_and_log(federation, site, federation.admission(job), caplog)
+    assert told[0] == "data"
+    assert "photos_per_item is 1" in told[2]
+
+
+def test_an_account_keeps_its_way_of_adding_up_for_life(federation, job, caplog):
     with federation.site() as site:
         site.answer(federation.admission(job))
     with federation.site(policy=replace(POLICY, modes=("local", "local_sgd"), epsilon_per_job=90.0)) as site:
-        code, reason = refusal(federation, site, federation.admission(federation.job(nonce="2")))
-    assert code == "ledger"
-    assert "composition differs" in reason
+        told = refusal_and_log(federation, site, federation.admission(federation.job(nonce="2")), caplog)
+    assert told[0] == "ledger"
+    assert "put policy.modes back" in told[2]
 
 
 def test_participants_who_are_on_nobody_s_roster_do_not_count(federation):
