@@ -48,10 +48,11 @@ class Cohort(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """What one stage brought: verified releases, and the receipt of each, byte for byte."""
+    """What one stage brought: verified releases, the bytes that each was read from, and each one's receipt."""
 
     releases: dict[SiteId, npt.NDArray[Any]]
     receipts: dict[SiteId, bytes]
+    tensors: dict[SiteId, bytes]
 
 
 class Conversation:
@@ -97,7 +98,7 @@ class Conversation:
         Raises:
             RoundFailed: fewer than ``aggregation.minimum_sites`` answered with something that verifies.
         """
-        gathered = Gathered(releases={}, receipts={})
+        gathered = Gathered(releases={}, receipts={}, tensors={})
         attempts = dict.fromkeys(self._active, 0)
         for _ in range(1 + RESENDS):
             asked = {
@@ -159,6 +160,7 @@ class Conversation:
             return
         gathered.releases[site] = np.asarray(release)
         gathered.receipts[site] = body.receipt.encode()
+        gathered.tensors[site] = reply.tensors
 
     def _request(self, site: SiteId, body: AdmitRequest | ContributeRequest, *, tensors: bytes = b"") -> bytes:
         request = Request(site=site, job=self._job.digest, body=body, tensors_digest=digest(tensors))

@@ -94,6 +94,8 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
         gathered = conversation.gather(stage.purpose, stage.round_index, write_head(head), sites=sites)
         state = _advance(job, state, stage, gathered)
         store.keep_receipts(index, gathered.receipts)
+        if stage.purpose == "evaluate":
+            store.keep_evaluation(gathered.tensors)
         log.close_round(job, stage, gathered, before=head, after=_current_head(state), now=coordinator.clock())
         store.save(state, job)
         coordinator.report(

@@ -1,4 +1,4 @@
-"""What a coordinator keeps of one run on disk: the sealed job, a checkpoint after every stage, and sites' receipts.
+"""What a coordinator keeps of one run on disk: a checkpoint after every stage, receipts, and what was measured.
 
 A crash loses at most the stage that was open; asking for it again costs sites nothing, because they resend.
 """
@@ -127,6 +127,21 @@ class RunStore:
             folder = self._receipts / site
             folder.mkdir(exist_ok=True)
             write_durably(folder / name, line)
+
+    def keep_evaluation(self, tensors: dict[SiteId, bytes]) -> None:
+        """Store what sites released in the evaluation, byte for byte: a verifier adds the counts up again from it."""
+        folder = self.folder / "evaluation"
+        folder.mkdir(exist_ok=True)
+        for stale in folder.glob("*.safetensors"):
+            if stale.stem not in tensors:
+                stale.unlink()
+        for site, raw in tensors.items():
+            write_durably(evaluation_file(self.folder, site), raw)
+
+
+def evaluation_file(folder: Path, site: SiteId) -> Path:
+    """Where the job folder ``folder`` has the bytes that ``site`` released in the evaluation."""
+    return folder / "evaluation" / f"{site}.safetensors"
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
-from fedgrade.evaluation import metrics
+from fedgrade.aggregation.mean import sum_of_releases
+from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken, ModelRefused
+from fedgrade.evaluation import ConfusionCounts, metrics
+from fedgrade.federation.payloads import read_release
 from fedgrade.federation.release import OpenedRelease, open_release
+from fedgrade.federation.rounds import Stage, stages_of
 from fedgrade.federation.site_proof import Charge, SiteProof, prove_site
+from fedgrade.federation.store import evaluation_file
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.accounting import zcdp_epsilon
+from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
@@ -25,6 +30,7 @@ from fedgrade.trust.records import Commit, DiscreteGaussian, Genesis, Released, 
 from fedgrade.trust.transparency import MerkleTree
 
 MAX_RECEIPT_BYTES = 2**18
+MAX_EVALUATION_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
 
     Args:
         folder: holds ``roster.json``, ``sites/<site>/ledger.jsonl``, ``coordinator/ledger.jsonl`` and
-            ``jobs/<job>/receipts`` and ``release``, as a coordinator and its partners keep them.
+            ``jobs/<job>/receipts``, ``evaluation`` and ``release``, as a coordinator and its partners keep them.
         roster: the roster that the verifier trusts; without it, the folder's own, which proves consistency but not
             whose keys these are.
 
@@ -155,8 +161,11 @@ def _prove_job(
 ) -> JobProof:
     job = _sealed_job(job_digest, sites)
     where = folder / "jobs" / job_digest[:16]
-    for stage, body in enumerate(closed):
+    _check_stages(job, closed)
+    commits = [
         _check_receipts(where / "receipts", stage, body, sites=sites, roster=roster)
+        for stage, body in enumerate(closed)
+    ]
     _check_weight_chain(closed, where=f"job {job_digest[:16]}")
     release = None
     if published.get(job_digest):
@@ -164,6 +173,8 @@ def _prove_job(
         if release.digest not in published[job_digest] or release.release.job.digest != job_digest:
             raise LedgerBroken(f"release {where}: is not the one that the coordinator's ledger says it published")
         _check_release(release, closed, where=f"release {where}")
+        if release.release.counts != _counts(where, job, commits[-1]):
+            raise LedgerBroken(f"release {where}: the counts it states are not the sum of what the sites released")
     return JobProof(job=job, rounds=tuple(closed), release=release, observers=_observers(job, closed, sites))
 
 
@@ -174,10 +185,30 @@ def _sealed_job(job_digest: str, sites: Mapping[SiteId, SiteProof]) -> TrainingJ
     raise LedgerBroken(f"job {job_digest[:16]}: the coordinator closed rounds of it, but no site's ledger admits it")
 
 
+def _check_stages(job: TrainingJob, closed: list[RoundClosed]) -> None:
+    """The closed rounds are the job's own stages from the first on, each once, each answered by enough participants."""
+    where, stages = f"the coordinator's ledger: job {job.digest[:16]}", stages_of(job)
+    for number, body in enumerate(closed):
+        stage = Stage(purpose=body.purpose, round_index=body.round_index)
+        if number >= len(stages) or stage != stages[number]:
+            raise LedgerBroken(
+                f"{where}: closes {body.purpose} round {body.round_index} as stage {number + 1}; "
+                f"the job's {len(stages)} stages close in order, each once"
+            )
+        if strangers := sorted(set(body.receipts) - set(job.declared_items)):
+            raise LedgerBroken(f"{where}: stage {number + 1} counts {strangers[0]}, which does not take part")
+        if len(body.receipts) < job.spec.aggregation.minimum_sites:
+            raise LedgerBroken(
+                f"{where}: stage {number + 1} was closed with {len(body.receipts)} receipts; "
+                f"aggregation.minimum_sites is {job.spec.aggregation.minimum_sites}"
+            )
+
+
 def _check_receipts(
     folder: Path, stage: int, body: RoundClosed, *, sites: Mapping[SiteId, SiteProof], roster: Roster
-) -> None:
-    """Every receipt that the coordinator counted exists, verifies, and stands in its site's own ledger."""
+) -> dict[SiteId, Commit]:
+    """What each receipt says that the coordinator counted: it exists, verifies, and stands in its site's own ledger."""
+    commits: dict[SiteId, Commit] = {}
     for site, expected in body.receipts.items():
         path = folder / site / f"{stage:05d}.json"
         where = f"receipt {path}"
@@ -200,6 +231,8 @@ def _check_receipts(
             raise LedgerBroken(f"{where}: is for another round")
         if site in sites:
             _check_against_ledger(where, line, entry.body, body, sites[site])
+        commits[site] = entry.body
+    return commits
 
 
 def _check_against_ledger(where: str, line: bytes, commit: Commit, closed: RoundClosed, proof: SiteProof) -> None:
@@ -219,7 +252,31 @@ def _check_weight_chain(closed: list[RoundClosed], *, where: str) -> None:
             raise LedgerBroken(f"{where}: {after.purpose} round {after.round_index} did not start where the last ended")
 
 
+def _counts(folder: Path, job: TrainingJob, commits: Mapping[SiteId, Commit]) -> ConfusionCounts:
+    """The confusion counts that the evaluation's own releases add up to, each the one that its site's receipt names."""
+    releases = []
+    for site, commit in commits.items():
+        path = evaluation_file(folder, site)
+        try:
+            with path.open("rb") as file:
+                raw = file.read(MAX_EVALUATION_BYTES)
+        except OSError as error:
+            raise LedgerBroken(f"evaluation {path}: cannot be read ({error.strerror})") from error
+        if digest(raw) != commit.message_digest:
+            raise LedgerBroken(f"evaluation {path}: is not the release that the receipt of {site} names")
+        try:
+            releases.append(read_release(raw, job, "evaluate", site=site))
+        except ModelRefused as error:
+            raise LedgerBroken(f"evaluation {path}: {error}") from error
+    total = from_grid(sum_of_releases(releases), max_norm=1.0, mechanism=job.plan.evaluate)
+    grades = job.spec.grading.grades
+    return ConfusionCounts.of(total.reshape(grades, grades))
+
+
 def _check_release(release: OpenedRelease, closed: list[RoundClosed], *, where: str) -> None:
+    stages = len(stages_of(release.release.job))
+    if len(closed) != stages:
+        raise LedgerBroken(f"{where}: was published after {len(closed)} of the job's {stages} stages")
     counted: dict[SiteId, int] = {}
     for body in closed:
         for site in body.receipts:
@@ -228,8 +285,7 @@ def _check_release(release: OpenedRelease, closed: list[RoundClosed], *, where: 
         raise LedgerBroken(f"{where}: the contributions it states are not those of the coordinator's ledger")
     if release.release.metrics != metrics(release.release.counts, release.release.job.spec.grading):
         raise LedgerBroken(f"{where}: the metrics it states are not those of its own counts")
-    evaluated = [body.weights_before for body in closed if body.purpose == "evaluate"]
-    if evaluated and evaluated[-1] != release.release.weights_digest:
+    if closed[-1].weights_before != release.release.weights_digest:
         raise LedgerBroken(f"{where}: its weights are not those that were evaluated")
 
 

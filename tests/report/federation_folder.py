@@ -12,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgrade.aggregation.mean import AggregationSpec
+from fedgrade.aggregation.mean import AggregationSpec, sum_of_releases
 from fedgrade.evaluation import ConfusionCounts, metrics
 from fedgrade.federation.charging import Ask, Charging
 from fedgrade.federation.conversation import Gathered
-from fedgrade.federation.payloads import Head, write_head
+from fedgrade.federation.payloads import Head, read_release, write_head
 from fedgrade.federation.release import ModelRelease, publish
 from fedgrade.federation.rounds import RoundLog, stages_of
 from fedgrade.federation.store import RunStore
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
+from fedgrade.model.weights import write_weights
 from fedgrade.privacy.budget import Ceiling
+from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import LocalSpec, PrivacySpec
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import seal
@@ -145,19 +147,23 @@ def play(story: Story, workshop: Workshop) -> TrainingJob:
     for index, stage in enumerate(stages_of(job)[: story.stop_after]):
         after = before if stage.purpose == "evaluate" else next(heads)
         ask = Ask(job=job.digest, purpose=stage.purpose, round_index=stage.round_index, attempt=0)
-        receipts = {}
+        receipts, tensors = {}, {}
         for site in job.participants:
-            line = _answer(job, ask, site, workshop, story=story, index=index, weights=digest(write_head(before)))
+            raw = _evaluated(job, workshop) if stage.purpose == "evaluate" else workshop.rng.bytes(64)
+            shown = digest(write_head(before))
+            line = _answer(job, ask, site, workshop, story=story, index=index, weights=shown, raw=raw)
             if line is not None:
-                receipts[site] = line
+                receipts[site], tensors[site] = line, raw
                 contributions[site] += 1
-        gathered = Gathered(releases=dict.fromkeys(receipts, np.zeros(1)), receipts=receipts)
+        gathered = Gathered(releases=dict.fromkeys(receipts, np.zeros(1)), receipts=receipts, tensors=tensors)
         store.keep_receipts(index, receipts)
+        if stage.purpose == "evaluate":
+            store.keep_evaluation(tensors)
         workshop.log.close_round(job, stage, gathered, before=before, after=after, now=workshop.clock())
         before = after
     if story.published:
         counted = {site: number for site, number in contributions.items() if number}
-        _publish(job, before, counted, store=store, workshop=workshop)
+        _publish(job, before, counted, tensors, store=store, workshop=workshop)
     return job
 
 
@@ -186,7 +192,15 @@ def _heads(job: TrainingJob, workshop: Workshop) -> Iterator[Head]:
 
 
 def _answer(
-    job: TrainingJob, ask: Ask, site: SiteId, workshop: Workshop, *, story: Story, index: int, weights: str
+    job: TrainingJob,
+    ask: Ask,
+    site: SiteId,
+    workshop: Workshop,
+    *,
+    story: Story,
+    index: int,
+    weights: str,
+    raw: bytes,
 ) -> bytes | None:
     """The receipt that the coordinator gets, if it gets one."""
     place = (str(site), index)
@@ -199,9 +213,7 @@ def _answer(
     if place in story.repeated:
         workshop.charging[site].commit(ask, reserved=reserve(ask), message_digest=digest(workshop.rng.bytes(64)))
         ask = _again(ask)
-    committed = workshop.charging[site].commit(
-        ask, reserved=reserve(ask), message_digest=digest(workshop.rng.bytes(64))
-    )
+    committed = workshop.charging[site].commit(ask, reserved=reserve(ask), message_digest=digest(raw))
     return committed.line
 
 
@@ -225,13 +237,27 @@ def _reserver(job: TrainingJob, site: SiteId, workshop: Workshop, *, weights: st
     return reserve
 
 
+def _evaluated(job: TrainingJob, workshop: Workshop) -> bytes:
+    """One site's share of the counts, on the grid and under noise of the right size."""
+    grades, mechanism = job.spec.grading.grades, job.plan.evaluate
+    share = np.resize(TRUE_COUNTS, (grades, grades)) / len(job.participants) * mechanism.sensitivity
+    noisy = share + workshop.rng.normal(0.0, mechanism.scale, size=(grades, grades))
+    return write_weights({"release": noisy.ravel().astype(np.int64)}, metadata={})
+
+
 def _publish(
-    job: TrainingJob, head: Head, contributions: dict[SiteId, int], *, store: RunStore, workshop: Workshop
+    job: TrainingJob,
+    head: Head,
+    contributions: dict[SiteId, int],
+    evaluated: dict[SiteId, bytes],
+    *,
+    store: RunStore,
+    workshop: Workshop,
 ) -> None:
     grades = job.spec.grading.grades
-    multiplier = job.plan.evaluate.scale / job.plan.evaluate.sensitivity
-    noise = workshop.rng.normal(0.0, multiplier * len(contributions) ** 0.5, size=(grades, grades))
-    counts = ConfusionCounts.of(np.resize(TRUE_COUNTS, (grades, grades)) + noise)
+    releases = [read_release(raw, job, "evaluate", site=site) for site, raw in evaluated.items()]
+    total = from_grid(sum_of_releases(releases), max_norm=1.0, mechanism=job.plan.evaluate)
+    counts = ConfusionCounts.of(total.reshape(grades, grades))
     release = ModelRelease(
         job=job,
         weights_digest=digest(write_head(head)),
