@@ -122,7 +122,7 @@ class Conversation:
         return gathered
 
     def _exchange(self, requests: Mapping[SiteId, bytes]) -> dict[SiteId, Opened[Reply]]:
-        """Verified replies to ``requests``; refusals other than a lost reply put their site out of the job."""
+        """Verified replies to ``requests``; a refusal puts its site out of the job, unless asking again may help."""
         replies: dict[SiteId, Opened[Reply]] = {}
         for site, raw in self._cohort.ask(requests, deadline_seconds=self._deadline_seconds).items():
             try:
@@ -132,8 +132,12 @@ class Conversation:
             except (FedgradeError, KeyError) as error:
                 logger.warning("site %s: reply discarded: %s", site, error)
                 continue
-            replies[site] = reply
             body = reply.document.body
+            if isinstance(body, Refusal) and body.code == "ledger":
+                # A full disk was nobody's decision: nothing was released, and space may be back by the next question.
+                logger.warning("site %s cannot write its ledger, counted as silent: %s", site, body.reason)
+                continue
+            replies[site] = reply
             if isinstance(body, Refusal) and body.code != "spent":
                 logger.warning("site %s refused (%s): %s", site, body.code, body.reason)
                 self._refusals[site] = body

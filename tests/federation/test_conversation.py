@@ -145,6 +145,33 @@ def test_a_site_that_refuses_is_not_asked_again(federation, job):
     assert sum(LIAR in asked for asked in cohort.asked) == 1
 
 
+@pytest.mark.parametrize("often", [1, 100])
+def test_a_site_whose_disk_is_full_is_asked_again_in_every_stage(federation, job, often):
+    left = iter(range(often))
+
+    def full(request, reply):
+        if _purpose(federation, reply) != "train" or next(left, None) is None:
+            return reply
+        body = Refusal(code="ledger", reason="No space left on device")
+        document = Reply(site=LIAR, request_digest=digest(request), body=body, tensors_digest=digest(b""))
+        return write_message(document, tensors=b"", key=federation.site_keys[LIAR])
+
+    run(federation, job, liar_alone(full))
+    assert federation.release(job).release.contributions[LIAR] == (3 if often == 1 else 2)
+    verify_federation(federation.root)
+
+
+@pytest.mark.parametrize("code", ["policy", "budget", "data", "malformed", "model", "stale"])
+def test_any_other_refusal_puts_a_site_out(federation, job, code):
+    def refuse(request, _):
+        body = Refusal(code=code, reason="no")
+        reply = Reply(site=LIAR, request_digest=digest(request), body=body, tensors_digest=digest(b""))
+        return write_message(reply, tensors=b"", key=federation.site_keys[LIAR])
+
+    cohort = run(federation, job, liar_alone(refuse))
+    assert sum(LIAR in asked for asked in cohort.asked) == 1
+
+
 def test_a_site_that_says_spent_for_ever_is_given_up(federation, job):
     def spent(request, reply):
         if federation.opened(reply, name=LIAR).document.body.kind == "admitted":
