@@ -137,7 +137,7 @@ def _summarise(
     quality.add_row("accuracy", f"{metrics.accuracy:.1%}")
     quality.add_row("mean cost of a wrong grade, per item", f"{metrics.mean_cost:.2f}")
     quality.add_row(f"misses of {', '.join(job.spec.grading.critical)}", f"{metrics.critical_miss_rate:.1%}")
-    spent = Table("epsilon per item", "coordinator", "other partner", "model holder", "all collude", box=None)
+    spent = Table(f"epsilon per item at delta {float(job.plan.delta):g}", "coordinator", "other partner", "model holder", "all collude", box=None)
     for site, seen in proved.observers.items():
         spent.add_row(
             site,

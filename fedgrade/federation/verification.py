@@ -21,6 +21,7 @@ from fedgrade.federation.site_proof import Charge, SiteProof, prove_site
 from fedgrade.federation.store import evaluation_file
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.accounting import zcdp_epsilon
+from fedgrade.privacy.budget import Spending
 from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
@@ -300,7 +301,7 @@ def _require_counterparts(sites: Mapping[SiteId, SiteProof], jobs: Mapping[str, 
 def _observers(
     job: TrainingJob, closed: list[RoundClosed], sites: Mapping[SiteId, SiteProof]
 ) -> dict[SiteId, ObserverEpsilons]:
-    """Epsilon per observer from what was really released, round by round, with the noise of those who answered.
+    """Epsilon per observer, all at the plan's delta, from what was really released and the noise of who answered.
 
     Whoever sees uploads faces the site's own noise. Whoever sees only models faces, in each round, the noise of all
     who answered (another partner: less its own share). Attempts beyond the one that was used count in full.
@@ -311,7 +312,7 @@ def _observers(
         training = [charge for charge in mine if charge.reserve.purpose != "evaluate"]
         if not training:
             continue
-        own = proof.job_epsilon(job.digest, partition="train")
+        own = _own_epsilon(proof, training, delta=job.plan.delta)
         if job.plan.mode == "local_sgd":
             observers[site] = ObserverEpsilons(coordinator=own, other_partner=own, model_holder=own, full_collusion=own)
             continue
@@ -324,6 +325,15 @@ def _observers(
             full_collusion=own,
         )
     return observers
+
+
+def _own_epsilon(proof: SiteProof, charges: list[Charge], *, delta: Fraction) -> float:
+    """Epsilon at ``delta`` of ``charges`` against whoever sees the site's own releases: nobody else's noise helps."""
+    spending = Spending()
+    for charge in charges:
+        spending = spending.charged(charge.reserve.mechanism, job=charge.reserve.job)
+    composition = proof.accounts[charges[0].reserve.account].dataset.composition
+    return spending.epsilon(delta=delta, composition=composition)
 
 
 def _shared_rho(site: SiteId, charges: list[Charge], closed: list[RoundClosed], *, removed: int) -> Fraction:

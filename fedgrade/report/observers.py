@@ -9,7 +9,6 @@ from fedgrade.privacy.accounting import zcdp_epsilon
 from fedgrade.privacy.attack import AttackBound, bound_from_epsilon, bound_from_rho, bound_from_zcdp_epsilon
 from fedgrade.privacy.budget import Spending
 from fedgrade.report.words import area_text, delta_text, epsilon_text, share_text
-from fedgrade.trust.identity import SiteId
 
 ObserverName = Literal["coordinator", "other_partner", "model_holder", "full_collusion"]
 OBSERVERS: tuple[ObserverName, ...] = ("model_holder", "other_partner", "coordinator", "full_collusion")
@@ -71,9 +70,9 @@ class GroupRow:
     true_positives: str
 
 
-def observer_rows(job: JobProof, proof: FederationProof) -> tuple[ObserverRow, ...]:
+def observer_rows(job: JobProof) -> tuple[ObserverRow, ...]:
     """The four observers of ``job``, each against the site that it learns most about; none if nothing was charged."""
-    return tuple(_observer_row(name, job, proof) for name in OBSERVERS if job.observers)
+    return tuple(_observer_row(name, job) for name in OBSERVERS if job.observers)
 
 
 def site_rows(job: JobProof) -> tuple[SiteRow, ...]:
@@ -125,9 +124,8 @@ def group_rows(proof: FederationProof) -> tuple[GroupRow, ...]:
     return tuple(rows)
 
 
-def _observer_row(name: ObserverName, job: JobProof, proof: FederationProof) -> ObserverRow:
-    site = max(sorted(job.observers), key=lambda one: float(getattr(job.observers[one], name)))
-    epsilon, delta = worst_epsilon(job, name), _delta(name, job, proof, site=site)
+def _observer_row(name: ObserverName, job: JobProof) -> ObserverRow:
+    epsilon, delta = worst_epsilon(job, name), job.job.plan.delta
     poisson = job.job.plan.mode == "local_sgd"
     bound = (bound_from_epsilon if poisson else bound_from_zcdp_epsilon)(epsilon, delta=delta)
     return ObserverRow(
@@ -139,17 +137,3 @@ def _observer_row(name: ObserverName, job: JobProof, proof: FederationProof) -> 
         true_positives=share_text(bound.true_positive_rate),
         area=area_text(bound.area_under_curve),
     )
-
-
-def _delta(name: ObserverName, job: JobProof, proof: FederationProof, *, site: SiteId) -> Fraction:
-    """The delta that this epsilon was computed at: the account's own for a site's own noise, else the plan's."""
-    plan = job.job.plan
-    own = plan.mode == "local_sgd" or name == "full_collusion" or (name == "coordinator" and plan.mode == "local")
-    if not own:
-        return plan.delta
-    accounts = [
-        charge.reserve.account
-        for charge in proof.sites[site].charges.values()
-        if charge.reserve.job == job.job.digest and charge.reserve.account.partition == "train"
-    ]
-    return max(proof.sites[site].accounts[account].dataset.delta for account in accounts)

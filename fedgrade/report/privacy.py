@@ -200,7 +200,7 @@ def _job_facts(job: JobProof, proof: FederationProof) -> JobFacts:
         participants=counted(len(job.job.declared_items), "partner"),
         first=_minute(times[0]) if times else "",
         last=_minute(times[-1]) if times else "",
-        observers=observer_rows(job, proof),
+        observers=observer_rows(job),
         sites=site_rows(job),
         releases=release_rows(job, proof),
         floating_point=uses_floating_point(job),

@@ -21,7 +21,7 @@ from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import Roster, SigningKey
 from fedgrade.trust.ledger import LedgerWriter, read_ledger
 from fedgrade.trust.records import Abort, Commit, DatasetOpened, Genesis, PlanAccepted, Released, Reserve
-from tests.federation.small_federation import FIRST, NAMES, SmallFederation, ask, quick_noise, with_privacy
+from tests.federation.small_federation import FIRST, NAMES, POLICY, SmallFederation, ask, quick_noise, with_privacy
 
 SITE = NAMES[0]
 
@@ -419,6 +419,19 @@ def test_a_site_s_ledger_alone_proves_what_it_spent(whole, job):
     assert proof.job_epsilon("0" * 64, partition="train") == 0.0
     rising = [charge.epsilon_after for charge in proof.charges.values() if charge.reserve.purpose != "evaluate"]
     assert rising == sorted(rising)
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_observer_s_epsilon_is_at_the_plan_s_delta(tmp_path):
+    """The account's own delta is a partner's affair; side by side, only one delta makes four numbers comparable."""
+    federation = SmallFederation.create(tmp_path / "federation")
+    job = federation.job(with_privacy(rounds=1, delta=1e-6))
+    federation.run_in_process(job, policy=replace(POLICY, delta=1e-5))
+    observers = verify_federation(federation.root).jobs[job.digest].observers
+    rho = job.plan.centre.rho + job.plan.train.rho
+    for seen in observers.values():
+        assert seen.full_collusion == seen.coordinator == zcdp_epsilon(rho, delta=Fraction(1, 10**6))
+        assert seen.model_holder == zcdp_epsilon(rho / len(NAMES), delta=Fraction(1, 10**6))
 
 
 @pytest.mark.usefixtures("quick")
