@@ -165,7 +165,7 @@ def _holder(proof: FederationProof) -> ObserverRow | None:
     if not jobs:
         return None
     worst = max(jobs, key=lambda job: worst_epsilon(job, "model_holder"))
-    return next(row for row in observer_rows(worst, proof) if row.name == "model_holder")
+    return next(row for row in observer_rows(worst) if row.name == "model_holder")
 
 
 def _summary(account_of: tuple[AccountKey, AccountProof] | None) -> Summary | None:
