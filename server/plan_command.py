@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedgrade.budget_command import bar, left, plain_console
+from fedgrade.cli.budget import bar, left, plain_console
 from fedgrade.errors import DocumentRefused, PlanRefused
 from fedgrade.evaluation import ConfusionCounts
 from fedgrade.federation.forecast import (

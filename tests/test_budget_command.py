@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrade.budget_command import BAR_WIDTH, bar, left, waste
+from fedgrade.cli.budget import BAR_WIDTH, bar, left, waste
 from fedgrade.cli import cli
 from fedgrade.errors import DocumentRefused, LedgerBroken
 from fedgrade.federation.messages import Refusal

@@ -11,7 +11,15 @@ from torch.nn import functional
 from fedgrade.errors import ModelRefused
 from fedgrade.model.head import head_inputs, item_mean, ordinal_gradient
 from fedgrade.privacy.plan import exact
-from fedgrade.training import ItemBatch, SgdRecipe, _gradient_rows, clipped_gradient_sum, train_by_sgd
+from fedgrade.training import (
+    ItemBatch,
+    SgdRecipe,
+    _backward,
+    _gradient_rows,
+    _per_item_head,
+    clipped_gradient_sum,
+    train_by_sgd,
+)
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 GRID = 2**20
@@ -91,6 +99,16 @@ def test_the_sum_is_autograds_one_item_at_a_time():
     thresholds, photos, batch = problem(30, seed=1)
     rows = [autograd_row(thresholds, rows, grade) for rows, grade in zip(photos, batch.grades, strict=True)]
     np.testing.assert_allclose(rows, closed_form_rows(thresholds, photos, batch.grades), atol=1e-12)
+    found = clipped_sum(thresholds, batch, max_grad_norm=0.5)
+    assert np.abs(found - sum(on_the_grid(row, 0.5) for row in rows)).max() <= 1
+
+
+def test_the_sum_is_that_of_opacus_per_sample_gradients():
+    """The full-batch sum is a closed form; Opacus, which trains in mode local_sgd, is the second opinion on it."""
+    thresholds, _, batch = problem(30, seed=8)
+    module = _per_item_head(thresholds)
+    _backward(module, batch)
+    rows = next(iter(module.parameters())).grad_sample.reshape(len(batch), -1).numpy()
     found = clipped_sum(thresholds, batch, max_grad_norm=0.5)
     assert np.abs(found - sum(on_the_grid(row, 0.5) for row in rows)).max() <= 1
 

@@ -22,7 +22,8 @@ def local_photos(federation, backbones="backbones"):
     settings = SiteSettings(
         site=SITE, key="key.pem", roster="roster.json", policy="policy.yaml", manifest="manifest.csv", photos="photos",
         lineage="squares", cohort="2026", declared_items=8, photos_per_item=9,
-        ledger="ledger.jsonl", outbox="outbox", cache="cache", backbones=str(backbones), threads=1, device="cpu", socket="run/agent.sock",
+        ledger="ledger.jsonl", outbox="outbox", cache="cache",
+        backbones=str(backbones), threads=1, device="cpu", socket="run/agent.sock",
         link=LinkSettings(address="127.0.0.1:0", root_certificate="ca.pem", node_key="node_key"),
     )  # fmt: skip
     return LocalPhotos(site=SiteFolder(settings=settings, folder=federation.folder(SITE)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from fedgrade.budget_command import plain_console
+from fedgrade.cli.budget import plain_console
 from fedgrade.errors import DocumentRefused
 from fedgrade.privacy.accounting import printed
 from fedgrade.privacy.audit import MIN_CANARIES, AuditReport

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import fedgrade
-from fedgrade.audit_command import audit
-from fedgrade.budget_command import budget
+from fedgrade.cli.audit import audit
+from fedgrade.cli.budget import budget
 from fedgrade.errors import FedgradeError
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.privacy.accounting import printed
