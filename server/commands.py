@@ -1,25 +1,34 @@
 """``fedgrade demo``, ``run`` and ``serve``: what a coordinator types."""
 
+import fcntl
 import logging
+import os
 import secrets
+import shlex
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedgrade.data import elpv
-from fedgrade.errors import FedgradeError
+from fedgrade.data.manifest import Split, read_manifest
+from fedgrade.errors import FedgradeError, JobRefused
 from fedgrade.federation.rounds import stages_of
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.job import JobSpec, TrainingJob, plan_job
 from fedgrade.privacy.accounting import printed
+from fedgrade.trust.identity import site_id
 from server.configure import compose_job, describe
 from server.engines import Engine, run_engine
-from server.local_federation import LocalFederation, Terms, create_local_federation
+from server.local_federation import DECLARED_STEP, LocalFederation, Terms, create_local_federation
 from server.progress_board import progress_board
 
 logger = logging.getLogger(__name__)
@@ -44,11 +53,16 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     spec = compose_job(["experiment=demo", *overrides])
     console.print(f"Real data: ELPV solar cells, {elpv.LICENCE}.\n{elpv.CITATION}", style="dim", highlight=False)
     root = folder / f"demo-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    console.print(f"Everything goes to {root}")
     limit = max(spec.privacy.target_epsilon, spec.privacy.evaluation_epsilon)
     terms = Terms(modes=(spec.privacy.mode,), epsilon_limit=limit, epsilon_per_job=limit)
     federation = create_local_federation(root, scale=spec.grading, data=spec.data, terms=terms, cache=folder / "cache")
-    _point(folder / "demo", root)
-    _run(console, federation, _put_job(federation, spec), engine=engine, shown=folder / "demo")
+    with run_lock(root):
+        job = _put_job(federation, spec)
+        proof = _run(console, federation, job, engine=engine)
+        # Only now: whoever follows the link finds a demo that was finished.
+        _point(folder / "demo", root)
+        _summarise(console, proof, job, federation, shown=folder / "demo")
 
 
 @click.command(epilog="Example: fedgrade run experiment=pilot privacy.target_epsilon=2")
@@ -70,16 +84,21 @@ def run(folder: Path, engine: Engine, overrides: tuple[str, ...], *, resume: boo
         return
     console, federation = Console(soft_wrap=True), LocalFederation(root=folder)
     if resume:
-        job = federation.coordinator.read_job()
+        # Read first: a folder in which nothing was begun is left as it is.
+        federation.coordinator.read_job()
     else:
         spec = compose_job(list(overrides))
         if not federation.exists:
+            # Solved before anything is created, so that a plan that cannot be leaves no federation behind.
+            _plan_for_new(spec)
             terms = Terms(modes=(spec.privacy.mode,), epsilon_limit=LIFETIME_EPSILON, epsilon_per_job=LIFETIME_EPSILON)
             create_local_federation(
                 folder, scale=spec.grading, data=spec.data, terms=terms, cache=folder.parent / "cache"
             )
-        job = _put_job(federation, spec)
-    _run(console, federation, job, engine=engine, shown=folder)
+    with run_lock(folder):
+        job = federation.coordinator.read_job() if resume else _put_job(federation, spec)
+        proof = _run(console, federation, job, engine=engine)
+        _summarise(console, proof, job, federation, shown=folder)
 
 
 @click.command(epilog="Example: fedgrade serve runs/federation")
@@ -98,13 +117,52 @@ def serve(folder: Path) -> None:
             time.sleep(3600)
 
 
+@contextmanager
+def run_lock(root: Path) -> Iterator[None]:
+    """Nobody else runs a job in the federation at ``root`` until the block ends.
+
+    Raises:
+        JobRefused: somebody does already; names the process to wait for.
+    """
+    path = root / "coordinator" / "run.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise JobRefused(
+                f"{root}: process {file.read(20).strip() or 'of another user'} runs a job here; wait until it has "
+                "ended, or give --federation another folder"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _declared(items: int) -> int:
+    """What a new local federation's recycler with ``items`` training items declares."""
+    return max(DECLARED_STEP, round(items / DECLARED_STEP) * DECLARED_STEP)
+
+
+def _plan_for_new(spec: JobSpec) -> None:
+    """Refuse a plan that no new local federation could run."""
+    manifests = elpv.site_manifests(spec.grading, test_fraction=spec.data.test_fraction)
+    declared = {
+        site_id(name): _declared(len(read_manifest(manifest, spec.grading).items(Split.TRAIN)))
+        for name, manifest in manifests.items()
+    }
+    plan_job(spec, declared_items=declared, nonce=secrets.token_hex(16))
+
+
 def _put_job(federation: LocalFederation, spec: JobSpec) -> TrainingJob:
     job = plan_job(spec, declared_items=federation.declared_items(), nonce=secrets.token_hex(16))
     federation.coordinator.put_job(job)
     return job
 
 
-def _run(console: Console, federation: LocalFederation, job: TrainingJob, *, engine: Engine, shown: Path) -> None:
+def _run(console: Console, federation: LocalFederation, job: TrainingJob, *, engine: Engine) -> FederationProof:
+    """What the federation proves after ``job`` has run to its release."""
     began = time.monotonic()
     console.print(
         f"Job [bold]{job.spec.name}[/bold]: {len(job.participants)} sites, privacy mode {job.plan.mode}, "
@@ -114,7 +172,8 @@ def _run(console: Console, federation: LocalFederation, job: TrainingJob, *, eng
     with progress_board(console, stages=len(stages_of(job))) as board:
         run_engine(engine, federation, board)
     proof = verify_federation(federation.root, roster=federation.coordinator.read_roster())
-    _summarise(console, proof, job, federation, shown=shown, seconds=time.monotonic() - began)
+    console.print(f"{proof.entries} ledger entries verified; {time.monotonic() - began:.0f} s in all")
+    return proof
 
 
 def _summarise(
@@ -124,7 +183,6 @@ def _summarise(
     federation: LocalFederation,
     *,
     shown: Path,
-    seconds: float,
 ) -> None:
     from fedgrade.report.privacy import write_report  # noqa: PLC0415 - matplotlib takes its time
 
@@ -137,7 +195,14 @@ def _summarise(
     quality.add_row("accuracy", f"{metrics.accuracy:.1%}")
     quality.add_row("mean cost of a wrong grade, per item", f"{metrics.mean_cost:.2f}")
     quality.add_row(f"misses of {', '.join(job.spec.grading.critical)}", f"{metrics.critical_miss_rate:.1%}")
-    spent = Table(f"epsilon per item at delta {float(job.plan.delta):g}", "coordinator", "other partner", "model holder", "all collude", box=None)
+    spent = Table(
+        f"epsilon per item at delta {float(job.plan.delta):g}",
+        "coordinator",
+        "other partner",
+        "model holder",
+        "all collude",
+        box=None,
+    )
     for site, seen in proved.observers.items():
         spent.add_row(
             site,
@@ -148,12 +213,13 @@ def _summarise(
     console.print(quality, spent)
     console.print(f"model release   {release}")
     console.print(f"privacy report  {shown / report.relative_to(federation.root)}")
-    console.print(f"{proof.entries} ledger entries verified; {seconds:.0f} s in all")
+    # As this process was started: an installed command need not be on the path.
+    command = escape(shlex.quote(sys.argv[0]))
     console.print(
         "\nNext:\n"
-        f"  fedgrade verify {shown}\n"
-        f"  fedgrade grade --model {release} PHOTO.png\n"
-        "  fedgrade run experiment=pilot privacy.target_epsilon=2\n"
+        f"  {command} verify {shown}\n"
+        f"  {command} grade --model {release} PHOTO.png\n"
+        f"  {command} run experiment=pilot privacy.target_epsilon=2\n"
         "The last one starts a federation whose ledgers remember: run it until a partner's budget refuses."
     )
 
