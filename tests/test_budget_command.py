@@ -170,7 +170,7 @@ def test_a_spoilt_ledger_is_refused(trained, spoil):
 def test_a_name_that_a_partner_chose_cannot_steer_the_terminal(tmp_path):
     workshop = Workshop(folder=tmp_path / "federation", cohort="[red]\x1b[2J\n" + "x" * 200)
     try:
-        play(Story(stop_after=2), workshop)
+        play(Story(stop_after=2, published=False), workshop)
     finally:
         workshop.close()
     output = listed(workshop.folder).output
