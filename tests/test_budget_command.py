@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrade.cli.budget import BAR_WIDTH, bar, left, waste
 from fedgrade.cli import cli
+from fedgrade.cli.budget import BAR_WIDTH, bar, left, waste
 from fedgrade.errors import DocumentRefused, LedgerBroken
 from fedgrade.federation.messages import Refusal
 from fedgrade.federation.verification import verify_federation
