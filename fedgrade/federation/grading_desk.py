@@ -1,10 +1,13 @@
 """Grading photos with a released model, after the release has been verified and not before."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import numpy.typing as npt
 
 from fedgrade.data.manifest import Photo, Provenance, Split
 from fedgrade.data.photos import PhotoLimits, digest_file, open_photo
@@ -14,6 +17,8 @@ from fedgrade.grading import decide, expected_costs
 from fedgrade.model.backbones import extractor
 from fedgrade.model.head import grade_probabilities, head_inputs
 from fedgrade.trust.identity import Roster
+
+_NEUTRAL = "photo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,7 @@ def grade_photos(photos: Sequence[Path], *, release: Path, roster: Roster, cache
     backbone = extractor(opened.release.job.spec.model, cache=cache, device="auto", threads=1)
     graded = []
     for path in photos:
-        image = open_photo(path.resolve().parent, _on_its_own(path), PhotoLimits())
+        image = _pixels(path)
         features = backbone.extract(backbone.prepare(image)[None])
         inputs = head_inputs(features.astype(np.float64), opened.head.centre)
         probabilities = grade_probabilities(opened.head.thresholds, inputs)
@@ -60,14 +65,34 @@ def grade_photos(photos: Sequence[Path], *, release: Path, roster: Roster, cache
     return graded
 
 
-def _on_its_own(path: Path) -> Photo:
-    """A photo that no manifest describes: the file itself is what is wanted, so its digest is whatever it is."""
+def _pixels(path: Path) -> npt.NDArray[np.uint8]:
+    """The pixels of the file at ``path``, under whatever name its owner gave it.
+
+    A manifest refuses names with spaces at their ends or control characters, so a copy of a neutral name is opened.
+
+    Raises:
+        DataRefused: it cannot be read, or is no photo.
+    """
+    if path.exists() and not path.is_file():
+        raise DataRefused(f"photo {path}: not a plain file")
+    limit = PhotoLimits()
+    if path.exists() and path.stat().st_size > limit.max_bytes:
+        raise DataRefused(f"photo {path}: {path.stat().st_size} bytes; the limit is {limit.max_bytes}")
     try:
-        found = digest_file(path)
+        with TemporaryDirectory() as folder:
+            shutil.copyfile(path, Path(folder) / _NEUTRAL)
+            return open_photo(Path(folder), _on_its_own(Path(folder) / _NEUTRAL), limit)
     except OSError as error:
         raise DataRefused(f"photo {path}: cannot be read ({error.strerror})") from error
+    except DataRefused as error:
+        raise DataRefused(str(error).replace(repr(_NEUTRAL), str(path))) from error
+
+
+def _on_its_own(path: Path) -> Photo:
+    """A photo that no manifest describes: the file itself is what is wanted, so its digest is whatever it is."""
+    found = digest_file(path)
     return Photo(
-        path=path.resolve().name,
+        path=path.name,
         digest=found,
         item=found,
         source=found,

@@ -1,5 +1,6 @@
 """``fedgrade demo`` and ``run`` as typed, over the demo's real photos, a few of each recycler."""
 
+import os
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from fedgrade.cli import main
 from fedgrade.data import elpv
 from fedgrade.federation.verification import verify_federation
+from server.commands import run_lock
 from tests.server.few_photos import POOLING, cache_beside, few
 
 QUICK = ("privacy.rounds=2", "data.minimum_items=10", POOLING)
@@ -70,7 +72,7 @@ def test_a_demo_trains_reports_and_leaves_a_folder_that_verifies(typed, runs):
 def test_the_released_model_grades_photos_and_refuses_what_is_no_photo(typed, runs, tmp_path):
     (release,), photos = (runs / "demo").glob("jobs/*/release"), elpv.package_photos()
     grade = ("grade", "--model", release, "--cache", runs / "cache" / "backbones")
-    odd = tmp_path / "[bold]cell.png"
+    odd = tmp_path / " [bold]cell.png\t"
     odd.write_bytes((photos / "cell0002.png").read_bytes())
     code, out, err = typed(*grade, photos / "cell0001.png", odd)
     assert code == 0, err
@@ -136,6 +138,27 @@ def test_a_wish_that_cannot_be_is_one_line_that_names_it_and_starts_nothing(type
     line = refused(typed, "run", "--federation", tmp_path / "federation", "--engine", "in-process", override)
     assert said in line
     assert not (tmp_path / "federation" / "jobs").exists()
+
+
+def test_an_impossible_plan_leaves_no_federation_behind(typed, tmp_path):
+    refused(typed, "run", "--federation", tmp_path / "federation", "aggregation.minimum_sites=6")
+    assert not (tmp_path / "federation").exists()
+
+
+def test_a_second_run_in_one_folder_is_refused_and_leaves_the_first_one_s_job(typed, runs):
+    root = (runs / "demo").resolve()
+    before = (root / "coordinator" / "job.json").read_bytes()
+    with run_lock(root):
+        line = refused(typed, "run", "--federation", root, "--engine", "in-process", *QUICK)
+        assert f"process {os.getpid()} runs a job here; wait" in line
+        assert "runs a job here" in refused(typed, "run", "--federation", root, "--resume")
+    assert (root / "coordinator" / "job.json").read_bytes() == before
+
+
+def test_a_demo_that_fails_leaves_the_link_where_it_was(typed, runs):
+    before = (runs / "demo").resolve()
+    refused(typed, "demo", "--folder", runs, "--engine", "in-process", *QUICK, "privacy=distributed")
+    assert (runs / "demo").resolve() == before
 
 
 def test_nothing_to_resume_is_one_line(typed, tmp_path):
