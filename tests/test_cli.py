@@ -180,11 +180,21 @@ def test_a_participant_whose_ledger_is_not_there_is_named(whole, capsys, monkeyp
     ledger = whole.ledger(NAMES[2])
     ledger.rename(ledger.with_name("elsewhere"))
     try:
-        code, out, _ = in_process(capsys, monkeypatch, "verify", whole.root)
+        code, out, err = in_process(capsys, monkeypatch, "verify", whole.root)
+        partial, shown, _ = in_process(capsys, monkeypatch, "verify", whole.root, "--partial")
     finally:
         ledger.with_name("elsewhere").rename(ledger)
-    assert code == 0
-    assert "recycler-c took part, and its ledger is not here" in out
+    assert (code, partial) == (1, 0)
+    assert "no ledger of recycler-c" in err
+    for said in (out, shown):
+        assert "recycler-c took part, and the ledgers are not here" in said
+        assert "every signature" not in said
+
+
+def test_a_release_without_a_federation_around_it_asks_for_a_roster(capsys, monkeypatch, tmp_path):
+    code, _, err = in_process(capsys, monkeypatch, "grade", "--model", tmp_path, "x.png")
+    assert code == 1
+    assert err.splitlines() == [f"fedgrade: release {tmp_path}: no federation's roster lies above it; give --roster"]
 
 
 def test_names_in_a_partner_s_ledger_cannot_steer_the_terminal(tmp_path, capsys, monkeypatch):

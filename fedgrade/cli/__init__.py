@@ -18,7 +18,7 @@ from rich.table import Table
 import fedgrade
 from fedgrade.cli.audit import audit
 from fedgrade.cli.budget import budget
-from fedgrade.errors import FedgradeError
+from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.privacy.accounting import printed
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
@@ -30,6 +30,8 @@ _DOORS = "fedgrade.commands"
 # Where the demo keeps its exported backbone, which takes seconds to make.
 _BACKBONES = Path("runs") / "cache" / "backbones"
 _INTERRUPTED = 130
+# A release lies in <federation>/jobs/<job>/release.
+_FEDERATION_ABOVE = 2
 
 
 class _WithDoors(click.Group):
@@ -89,7 +91,8 @@ def keys_show(path: Path) -> None:
 @cli.command(epilog="Example: fedgrade verify runs/demo --roster roster-from-the-contract.json")
 @click.argument("folder", type=FOLDER)
 @click.option("--roster", type=FILE, help="The roster you trust; without it, the folder's own is used.")
-def verify(folder: Path, roster: Path | None) -> None:
+@click.option("--partial", is_flag=True, help="End well although ledgers of some participants are not here.")
+def verify(folder: Path, roster: Path | None, *, partial: bool) -> None:
     """Check every ledger, receipt and release in FOLDER offline, and recompute what privacy was spent."""
     proof = verify_federation(folder, roster=_roster(roster))
     console = Console(soft_wrap=True)
@@ -97,11 +100,18 @@ def verify(folder: Path, roster: Path | None) -> None:
     for job in proof.jobs.values():
         release = f"release {job.release.digest[:16]}" if job.release else "not released"
         console.print(f"job {job.job.spec.name} {job.job.digest[:16]}: {len(job.rounds)} stages, {release}")
-        for site in sorted(set(job.job.participants) - set(proof.sites)):
-            console.print(f"[bold]{site} took part, and its ledger is not here: its charges are not proved.[/bold]")
-    console.print(f"[bold]{proof.entries} entries, every signature, chain, charge and receipt holds.[/bold]")
+    missing = sorted({site for job in proof.jobs.values() for site in job.job.participants} - set(proof.sites))
+    if missing:
+        console.print(
+            f"[bold]{proof.entries} entries hold as far as they go; {', '.join(missing)} took part, and the ledgers "
+            "are not here: their charges are not proved.[/bold]"
+        )
+    else:
+        console.print(f"[bold]{proof.entries} entries, every signature, chain, charge and receipt holds.[/bold]")
     if roster is None:
         console.print("The roster came from the folder itself; compare its keys with ones you trust, or give --roster.")
+    if missing and not partial:
+        raise LedgerBroken(f"{folder}: no ledger of {', '.join(missing)}; add the copies, or give --partial")
 
 
 @cli.command(epilog="Example: fedgrade report runs/demo")
@@ -133,6 +143,8 @@ def grade(release: Path, roster: Path | None, cache: Path | None, photos: tuple[
         cells = (_shown(each.photo.name), _shown(each.grade), f"{each.confidence:.0%}", f"{each.expected_cost:.2f}")
         table.add_row(*cells, style=style)
     Console().print(table)
+    if roster is None:
+        click.echo("The roster came from beside the release; compare its keys with ones you trust, or give --roster.")
 
 
 def main() -> None:
@@ -180,7 +192,11 @@ def _roster(path: Path | None) -> Roster | None:
 
 def _roster_beside(release: Path) -> Path:
     """The roster of the federation folder that ``release`` lies in: <folder>/jobs/<job>/release."""
-    return release.resolve().parents[2] / "roster.json"
+    above = release.resolve().parents
+    roster = above[_FEDERATION_ABOVE] / "roster.json" if len(above) > _FEDERATION_ABOVE else None
+    if roster is None or not roster.is_file():
+        raise DocumentRefused(f"release {release}: no federation's roster lies above it; give --roster")
+    return roster
 
 
 def _printable(text: str) -> str:
