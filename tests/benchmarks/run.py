@@ -37,7 +37,7 @@ from server.engines import run_engine
 from server.local_federation import Terms, create_local_federation
 
 SECTIONS = ("quality", "rounds", "demo")
-TIMED_ROUNDS = 20
+TIMED_ROUNDS = 15
 FIGURES: dict[str, Callable[[Outcome, JobSpec], float]] = {
     "QWK": lambda run, spec: metrics(run.median_counts, spec.grading).quadratic_weighted_kappa,
     "critical misses": lambda run, spec: metrics(run.counts, spec.grading).critical_miss_rate,
