@@ -53,6 +53,8 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     spec = compose_job(["experiment=demo", *overrides])
     console.print(f"Real data: ELPV solar cells, {elpv.LICENCE}.\n{elpv.CITATION}", style="dim", highlight=False)
     root = folder / f"demo-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    # Solved before anything is created, so that a plan that cannot be leaves no federation behind.
+    _plan_for_new(spec)
     console.print(f"Everything goes to {root}")
     limit = max(spec.privacy.target_epsilon, spec.privacy.evaluation_epsilon)
     terms = Terms(modes=(spec.privacy.mode,), epsilon_limit=limit, epsilon_per_job=limit)

@@ -29,7 +29,7 @@ def typed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
 
     def type_in(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedgrade", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["bin/fedgrade", *map(str, arguments)])
         code = 0
         try:
             main()
@@ -53,7 +53,13 @@ def test_a_demo_trains_reports_and_leaves_a_folder_that_verifies(typed, runs):
     assert code == 0, err
     assert elpv.LICENCE in out
     assert elpv.CITATION.split(".")[0] in out
-    for said in ("quadratic weighted kappa", "accuracy", "misses of defective", "epsilon per item", "Next:"):
+    for said in (
+        "quadratic weighted kappa",
+        "accuracy",
+        "misses of defective",
+        "epsilon per item at delta 1e-05",
+        "Next:",
+    ):
         assert said in out
     root = runs / "demo"
     assert root.is_symlink()
@@ -65,6 +71,7 @@ def test_a_demo_trains_reports_and_leaves_a_folder_that_verifies(typed, runs):
     (report,) = root.rglob("*.html")
     assert str(release) in out
     assert str(report) in out
+    assert f"bin/fedgrade verify {root}" in out
     for key in root.glob("**/*.pem"):
         assert key.stat().st_mode & 0o077 == 0, key
 
@@ -142,7 +149,8 @@ def test_a_wish_that_cannot_be_is_one_line_that_names_it_and_starts_nothing(type
 
 def test_an_impossible_plan_leaves_no_federation_behind(typed, tmp_path):
     refused(typed, "run", "--federation", tmp_path / "federation", "aggregation.minimum_sites=6")
-    assert not (tmp_path / "federation").exists()
+    refused(typed, "demo", "--folder", tmp_path, "aggregation.minimum_sites=6")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_in_one_folder_is_refused_and_leaves_the_first_one_s_job(typed, runs):
