@@ -18,7 +18,7 @@ from fedgrade.trust.identity import SiteId, site_id
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _MAX_SITES = 1000
-# Guideline of PRIVACY: delta well below one over the number of items it protects.
+# Delta stays well below one over the number of items it protects.
 _DELTA_MARGIN = 10
 
 

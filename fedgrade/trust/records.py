@@ -121,7 +121,7 @@ class DatasetOpened:
                 f"data set: declared_items {self.declared_items} and photos_per_item {self.photos_per_item} must be "
                 "at least 1"
             )
-        # Above this, epsilon says little: one item in ten times n could be shown in full (PRIVACY.md, unit).
+        # Above this, epsilon says little: one item in ten times n could be shown in full.
         if not 0 < self.delta <= Fraction(1, 10 * self.declared_items):
             raise DocumentRefused(
                 f"data set: delta {float(self.delta):g} must be above 0 and at most 1/(10 n) = "
