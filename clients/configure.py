@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from clients.settings import SiteFolder, read_own_file
 from fedgrade.data.assets import FeatureStore
-from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Manifest, Photo
+from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Photo
 from fedgrade.data.photos import PhotoLimits, verify_photos
 from fedgrade.errors import DocumentRefused
 from fedgrade.federation.charging import Charging
+from fedgrade.federation.holdings import CohortData, SiteData
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.policy import Policy
-from fedgrade.federation.site import Site, SiteData, SiteIdentity
+from fedgrade.federation.site import Site, SiteIdentity
 from fedgrade.model.backbones import Device, OnnxExtractor, TorchExtractor, extractor
 from fedgrade.model.spec import ModelSpec
 from fedgrade.trust.canonical import decode_yaml
@@ -43,11 +44,16 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
         raise DocumentRefused(f"site {settings.site}: the roster names another key; send the coordinator your new one")
     policy_path = site.path(settings.policy)
     policy = decode_yaml(Policy, read_own_file(policy_path, what="policy"), what=f"policy {policy_path}")
+    cohorts = {
+        name: CohortData(
+            manifest=read_own_file(site.path(cohort.manifest), what="manifest", limit=MAX_MANIFEST_BYTES),
+            declared_items=cohort.declared_items,
+        )
+        for name, cohort in settings.cohorts.items()
+    }
     data = SiteData(
-        manifest=read_own_file(site.path(settings.manifest), what="manifest", limit=MAX_MANIFEST_BYTES),
         lineage=settings.lineage,
-        cohort=settings.cohort,
-        declared_items=settings.declared_items,
+        cohorts=cohorts,
         photos_per_item=settings.photos_per_item,
         photos=LocalPhotos(site=site),
     )
@@ -69,10 +75,10 @@ class LocalPhotos:
     site: SiteFolder
     limits: PhotoLimits = field(default_factory=PhotoLimits)
 
-    def prepare(self, model: ModelSpec, manifest: Manifest) -> None:
+    def prepare(self, model: ModelSpec, photos: Sequence[Photo]) -> None:
         """Check every photo, and cache the features of those that are new."""
-        verify_photos(manifest, self.site.path(self.site.settings.photos), self.limits)
-        self.features(model, manifest.photos)
+        verify_photos(photos, self.site.path(self.site.settings.photos), self.limits)
+        self.features(model, photos)
 
     def features(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
         """Features [photos, dimensions]; extracted where the cache has none."""

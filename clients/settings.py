@@ -9,6 +9,8 @@ from fedgrade.errors import DocumentRefused
 from fedgrade.trust.canonical import decode_yaml
 from fedgrade.trust.identity import SiteId, site_id
 
+MAX_COHORTS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSettings:
@@ -20,6 +22,18 @@ class LinkSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CohortSettings:
+    """One batch of items: its manifest (CSV, one row a photo), and the number of training items to publish for it."""
+
+    manifest: str
+    declared_items: int
+
+    def __post_init__(self) -> None:
+        if self.declared_items < 1:
+            raise DocumentRefused(f"site.cohorts: declared_items {self.declared_items} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteSettings:
     """``site.yaml``, field by field. Paths are relative to the file's own folder.
 
@@ -28,10 +42,9 @@ class SiteSettings:
         key: Ed25519 private key (PEM, mode 0600).
         roster: who is who; obtained from the coordinator and compared out of band.
         policy: this partner's own ceilings.
-        manifest: CSV, one row a photo.
-        photos: folder that the manifest's paths start from.
-        lineage, cohort: name the data set and the batch in which it came in; budgets hang on them for life.
-        declared_items: the number of training items that this partner publishes.
+        photos: folder that the manifests' paths start from.
+        lineage: names the data set; budgets hang on it for life.
+        cohorts: the batches in which the items came in, by name, each with budgets of its own; items keep theirs.
         photos_per_item: the most photos that one item may have.
         ledger: the append-only file; never delete it.
         outbox: sent replies, so that a question asked twice gets the same bytes.
@@ -47,11 +60,9 @@ class SiteSettings:
     key: str
     roster: str
     policy: str
-    manifest: str
     photos: str
     lineage: str
-    cohort: str
-    declared_items: int
+    cohorts: dict[str, CohortSettings]
     photos_per_item: int
     ledger: str
     outbox: str
@@ -66,8 +77,13 @@ class SiteSettings:
         site_id(self.site)
         if self.photos_per_item < 1:
             raise DocumentRefused(f"site.photos_per_item: {self.photos_per_item} must be at least 1")
-        if self.declared_items < 1:
-            raise DocumentRefused(f"site.declared_items: {self.declared_items} must be at least 1")
+        if not 1 <= len(self.cohorts) <= MAX_COHORTS:
+            raise DocumentRefused(f"site.cohorts: {len(self.cohorts)}; a site has 1 to {MAX_COHORTS}")
+
+    @property
+    def declared_items(self) -> int:
+        """What the partner publishes of its size, all cohorts together."""
+        return sum(cohort.declared_items for cohort in self.cohorts.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedgrade.cli.budget import bar, left, plain_console
+from fedgrade.cli.budget import bar, left, plain_console, shown_name
 from fedgrade.errors import DocumentRefused, PlanRefused
 from fedgrade.evaluation import ConfusionCounts
 from fedgrade.federation.forecast import (
     AccountForecast,
     JobForecast,
+    SiteForecast,
     Standing,
     forecast,
     held_out_items,
@@ -125,9 +126,9 @@ def write_plot(path: Path, forecasted: JobForecast) -> None:
     from fedgrade.report.plan_figure import PlannedLine, plan_plot  # noqa: PLC0415 - matplotlib takes its time
 
     lines = [
-        PlannedLine(label=site.site, path=path_of, ceiling=_ceiling(site.training))
-        for site, path_of in zip(forecasted.sites, _paths(forecasted), strict=True)
-        if math.isfinite(site.training.after)
+        PlannedLine(label=label, path=path_of, ceiling=_ceiling(account))
+        for label, account, path_of in _paths(forecasted)
+        if math.isfinite(account.after)
     ]
     if not lines:
         raise PlanRefused("no account admits this job, so there is no epsilon to plot")
@@ -140,15 +141,20 @@ def write_plot(path: Path, forecasted: JobForecast) -> None:
         raise DocumentRefused(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def _paths(forecasted: JobForecast) -> Iterator[tuple[tuple[int, float], ...]]:
-    """Each site's path; accounts that start and end alike share one, because it may take seconds."""
+def _paths(forecasted: JobForecast) -> Iterator[tuple[str, AccountForecast, tuple[tuple[int, float], ...]]]:
+    """Each training account's name and path; those that start and end alike share one, because it may take seconds."""
     known: dict[object, tuple[tuple[int, float], ...]] = {}
     for site in forecasted.sites:
-        account = site.training
-        key = (account.before, account.after, account.delta, account.composition)
-        if key not in known and math.isfinite(account.after):
-            known[key] = training_path(account, forecasted.job)
-        yield known.get(key, ())
+        for account in site.training:
+            key = (account.before, account.after, account.delta, account.composition)
+            if key not in known and math.isfinite(account.after):
+                known[key] = training_path(account, forecasted.job)
+            yield _account_name(site, account), account, known.get(key, ())
+
+
+def _account_name(site: SiteForecast, account: AccountForecast) -> str:
+    """The site's name, and the cohort's where it has more than one."""
+    return site.site if len(site.training) == 1 else f"{site.site} {shown_name(account.account.cohort)}"
 
 
 def _assumed(spec: JobSpec, *, sites: int | None, items: int | None) -> Surroundings:
@@ -179,16 +185,21 @@ def _standing(folder: Path, site: SiteId, roster: Roster, proof: FederationProof
         return Standing(
             policy=read_policy(here / settings.policy),
             proof=_ledger(here / settings.ledger, site, roster, proof),
-            data=(settings.lineage, settings.cohort),
-            declared_items=settings.declared_items,
+            lineage=settings.lineage,
+            cohorts={name: cohort.declared_items for name, cohort in settings.cohorts.items()},
         )
-    ledger = _ledger(here / "ledger.jsonl", site, roster, proof)
-    declared = [account.dataset.declared_items for account in ledger.accounts.values()] if ledger else []
-    return Standing(
+    return Standing.of_ledger(
+        _ledger(here / "ledger.jsonl", site, roster, proof),
         policy=read_policy(here / "policy.yaml") if (here / "policy.yaml").exists() else None,
-        proof=ledger,
-        declared_items=declared[-1] if declared else None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cohort:
+    """One batch of a site's items; the plan reads no manifest."""
+
+    manifest: str
+    declared_items: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +209,7 @@ class _Settings:
     policy: str
     ledger: str
     lineage: str
-    cohort: str
-    declared_items: int
+    cohorts: dict[str, "_Cohort"]
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -247,6 +257,9 @@ def _show_refusals(console: Console, forecasted: JobForecast, around: Surroundin
             refusing.setdefault(refusal, []).append(site.site)
     for refusal, sites in refusing.items():
         console.print(f"Refused by {', '.join(sites)}: {refusal}", style="bold red")
+    for site in forecasted.sites:
+        for exhausted in () if site.refusals else site.exhausted:
+            console.print(f"Stays out, the site's other cohorts go on: {exhausted}", style="bold")
     if not around.standings:
         return
     silent = [site.site for site in forecasted.sites if around.standings[site.site].policy is None]
@@ -282,10 +295,10 @@ def _sites_table(forecasted: JobForecast, *, bars: bool) -> Table:
     headings = ["site", "items", "before", "this job", "after", "ceiling", "left", "delta"]
     table = _table("Epsilon of one item, if every round runs once", *headings, *(["lifetime budget"] if bars else []))
     for site in forecasted.sites:
-        for name, account in (("training", site.training), ("held-out", site.held_out)):
+        for name, account in _sides(site):
             ceiling = account.ceiling
             cells = [
-                site.site,
+                _account_name(site, account),
                 name,
                 *(printed(epsilon) for epsilon in (account.before, account.alone, account.after)),
                 "unknown" if ceiling is None else f"{float(ceiling):.2f}",
@@ -295,6 +308,12 @@ def _sites_table(forecasted: JobForecast, *, bars: bool) -> Table:
             shown = "" if ceiling is None else bar(account.before, account.after, ceiling=float(ceiling))
             table.add_row(*cells, *([shown] if bars else []))
     return table
+
+
+def _sides(site: SiteForecast) -> Iterator[tuple[str, AccountForecast]]:
+    for training, held_out in zip(site.training, site.held_out, strict=True):
+        yield "training", training
+        yield "held-out", held_out
 
 
 def _observers_table(forecasted: JobForecast) -> Table:

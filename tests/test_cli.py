@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from fedgrade.cli import cli, main
 from fedgrade.trust.identity import SigningKey
 from fedgrade.trust.ledger import LedgerWriter, read_ledger
-from fedgrade.trust.records import DatasetOpened, Reserve
+from fedgrade.trust.records import DatasetOpened, PlanAccepted, Reserve
 from tests.federation.small_federation import FIRST, NAMES, SmallFederation, ask, quick_noise, with_privacy
 
 # What a compliance laptop does not have. Importing any of them from here on is an error.
@@ -213,8 +213,9 @@ def test_names_in_a_partner_s_ledger_cannot_steer_the_terminal(tmp_path, capsys,
         for body in bodies:
             if isinstance(body, DatasetOpened):
                 writer.append(replace(body, lineage=evil), now=FIRST)
-            elif isinstance(body, Reserve):
-                writer.append(replace(body, account=replace(body.account, lineage=evil)), now=FIRST)
+            elif isinstance(body, PlanAccepted | Reserve):
+                renamed = tuple(replace(one, lineage=evil) for one in body.accounts)
+                writer.append(replace(body, accounts=renamed), now=FIRST)
             else:
                 writer.append(body, now=FIRST)
     log = federation.root / "coordinator" / "ledger.jsonl"

@@ -213,12 +213,11 @@ def _spending_table(proof: FederationProof) -> Table:
     table = Table("account", "epsilon spent", "ceiling", "delta", "charges", box=None, title="Privacy spent, per item")
     for site, ledger in proof.sites.items():
         for key, account in ledger.accounts.items():
-            mine = [charge for charge in ledger.charges.values() if charge.reserve.account == key]
             table.add_row(
                 _shown(f"{site}/{key.lineage}/{key.cohort}/{key.partition}"),
                 printed(account.epsilon),
                 f"{float(account.dataset.epsilon_limit):.2f}",
                 f"{float(account.dataset.delta):g}",
-                str(len(mine)),
+                str(len(ledger.charges_to(key))),
             )
     return table

@@ -39,7 +39,7 @@ def budget(paths: tuple[Path, ...], roster: Path | None) -> None:
     console, trusted = plain_console(), None if roster is None else read_roster(roster)
     for path in paths:
         sites = _proofs(path, trusted)
-        console.print(_table(sites, title=f"Privacy budgets of {_name(str(path))}, epsilon per item"))
+        console.print(_table(sites, title=f"Privacy budgets of {shown_name(str(path))}, epsilon per item"))
     if trusted is None:
         console.print("The roster came from the folder itself; compare its keys with ones you trust, or give --roster.")
 
@@ -99,9 +99,9 @@ def _ordered(site: SiteProof) -> Iterator[tuple[AccountKey, AccountProof]]:
 
 
 def _cells(site: SiteProof, key: AccountKey, account: AccountProof) -> Iterator[str]:
-    charges = [charge for charge in site.charges.values() if charge.reserve.account == key]
+    charges = site.charges_to(key)
     ceiling = float(account.dataset.epsilon_limit)
-    yield _name(f"{site.site}/{key.lineage}/{key.cohort}/{key.partition}")
+    yield shown_name(f"{site.site}/{key.lineage}/{key.cohort}/{key.partition}")
     yield printed(account.epsilon)
     yield bar(account.epsilon, account.epsilon, ceiling=ceiling)
     yield f"{ceiling:.2f}"
@@ -145,18 +145,20 @@ def one_more(key: AccountKey, account: AccountProof, *, job: TrainingJob) -> str
     )
     after = charge(account.spending, job=f"one more like {job.digest}")
     try:
-        return f"{printed(require_within(after, ceiling=ceiling, account=key))}, fits"
+        epsilon = printed(after.epsilon(delta=ceiling.delta, composition=ceiling.composition))
+        require_within(after, ceiling=ceiling, account=key)
     except BudgetExceeded:
-        return f"{printed(after.epsilon(delta=ceiling.delta, composition=ceiling.composition))}, refused"
+        return f"{epsilon}, refused"
     except PlanRefused:
         return "refused: its delta is shared out among too many jobs"
+    return f"{epsilon}, fits"
 
 
 def _round(charge: Charge) -> tuple[str, str, int]:
     return charge.reserve.job, charge.reserve.purpose, charge.reserve.round_index
 
 
-def _name(text: str) -> str:
+def shown_name(text: str) -> str:
     """A name that someone else chose, on one line and without characters that steer a terminal."""
     shown = "".join(character if character.isprintable() else "?" for character in text)
     return shown if len(shown) <= _MAX_NAME else shown[: _MAX_NAME - 1] + "…"

@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from fedgrade.data.manifest import Manifest, Photo
+from fedgrade.data.manifest import Photo
 from fedgrade.errors import DataRefused
 
 ByteArray = npt.NDArray[np.uint8]
@@ -86,13 +87,13 @@ def read_photo(root: Path, photo: Photo, limits: PhotoLimits) -> bytes:
     return raw
 
 
-def verify_photos(manifest: Manifest, root: Path, limits: PhotoLimits) -> None:
-    """Every photo of ``manifest`` lies beneath ``root`` and is the one the manifest was made of; none is decoded.
+def verify_photos(photos: Sequence[Photo], root: Path, limits: PhotoLimits) -> None:
+    """Every one of ``photos`` lies beneath ``root`` and is the one its manifest was made of; none is decoded.
 
     Raises:
         DataRefused: names the first photo that is missing or changed.
     """
-    for photo in manifest.photos:
+    for photo in photos:
         read_photo(root, photo, limits)
 
 

@@ -3,6 +3,7 @@
 The only way to a release is :meth:`Charging.reserve` before any photo is read, then :meth:`Charging.commit`.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -10,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedgrade.errors import AlreadyCharged, LedgerBroken, MessageRefused
+from fedgrade.errors import AlreadyCharged, BudgetExceeded, LedgerBroken, MessageRefused
 from fedgrade.job import TrainingJob
-from fedgrade.privacy.budget import Ceiling, Spending, require_within
+from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_within
 from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.ledger import Appended, Entry, LedgerWriter
 from fedgrade.trust.records import (
@@ -26,6 +27,8 @@ from fedgrade.trust.records import (
     Purpose,
     Reserve,
 )
+
+logger = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 
@@ -67,6 +70,14 @@ class Ask:
         return ("centre", "train", "evaluate").index(self.purpose), self.round_index
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reserved:
+    """A charge that is on disk: its place in the ledger, and the accounts that paid."""
+
+    sequence: int
+    accounts: tuple[AccountKey, ...]
+
+
 class Charging:
     """The accounts of one site, folded from its own ledger, which it alone writes."""
 
@@ -76,7 +87,7 @@ class Charging:
         self._writer: LedgerWriter
         self._spending: dict[AccountKey, Spending] = {}
         self._datasets: dict[tuple[str, str], DatasetOpened] = {}
-        self._plans: dict[str, str] = {}
+        self._plans: dict[str, PlanAccepted] = {}
         self._attempts: dict[tuple[str, tuple[int, int]], int] = {}
         self._latest: dict[str, tuple[int, int]] = {}
 
@@ -111,17 +122,21 @@ class Charging:
             require_same_terms(dataset, standing=standing)
         self._append(dataset)
 
-    def accept(self, job: TrainingJob, *, envelope: str) -> None:
-        """Record that this site takes part in ``job``; once."""
+    def accept(self, job: TrainingJob, *, envelope: str, accounts: tuple[AccountKey, ...]) -> None:
+        """Record that this site takes part in ``job``, and which accounts may pay for it; once."""
         if job.digest not in self._plans:
             self._append(
                 PlanAccepted(
-                    job=job.digest, job_envelope=envelope, mode=job.plan.mode, participants=len(job.participants)
+                    job=job.digest,
+                    job_envelope=envelope,
+                    mode=job.plan.mode,
+                    participants=len(job.participants),
+                    accounts=accounts,
                 )
             )
 
-    def job_envelope(self, job_digest: str) -> str:
-        """The sealed job that was admitted under this digest, as the ledger has it.
+    def accepted(self, job_digest: str) -> PlanAccepted:
+        """What the ledger has on the job that was admitted under this digest.
 
         Raises:
             MessageRefused: no such job was admitted here.
@@ -131,7 +146,7 @@ class Charging:
         return self._plans[job_digest]
 
     def account(self, dataset: DatasetOpened, *, partition: Partition) -> AccountKey:
-        """The account that pays for releases about one side of ``dataset``."""
+        """The account that pays for releases about one side of one cohort."""
         return AccountKey(
             partner=self._site, lineage=dataset.lineage, cohort=dataset.cohort, partition=partition, unit=dataset.unit
         )
@@ -167,31 +182,61 @@ class Charging:
             )
 
     def reserve(
-        self, ask: Ask, *, account: AccountKey, mechanism: Mechanism, ceiling: Ceiling, weights_digest: str
-    ) -> Appended:
-        """Charge ``account`` for one release, durably, before anything is computed.
+        self,
+        ask: Ask,
+        *,
+        accounts: tuple[AccountKey, ...],
+        mechanism: Mechanism,
+        ceiling: Ceiling,
+        weights_digest: str,
+    ) -> Reserved:
+        """Charge one release, durably, before anything is computed, to each of ``accounts`` that can still pay.
+
+        An exhausted cohort drops out and does not stop the others. Who can pay follows from the ledger alone, so that
+        it says nothing about any item.
 
         Raises:
-            BudgetExceeded: it would pass the ceiling; nothing was charged.
+            BudgetExceeded: none can; nothing was charged.
             LedgerUnavailable: it could not be written; nothing was charged.
         """
-        after = self.spending(account).charged(mechanism, job=ask.job)
-        require_within(after, ceiling=ceiling, account=account)
-        return self._append(
-            Reserve(
-                job=ask.job,
-                round_index=ask.round_index,
-                attempt=ask.attempt,
-                purpose=ask.purpose,
-                account=account,
-                mechanism=mechanism,
-                weights_digest=weights_digest,
-                epsilon_limit=ceiling.epsilon,
-                delta=ceiling.delta,
-            )
+        paying = self.solvent(
+            accounts, ceiling=ceiling, charge=lambda spending: spending.charged(mechanism, job=ask.job)
         )
+        body = Reserve(
+            job=ask.job,
+            round_index=ask.round_index,
+            attempt=ask.attempt,
+            purpose=ask.purpose,
+            accounts=paying,
+            mechanism=mechanism,
+            weights_digest=weights_digest,
+            epsilon_limit=ceiling.epsilon,
+            delta=ceiling.delta,
+        )
+        return Reserved(sequence=self._append(body).sequence, accounts=paying)
 
-    def commit(self, ask: Ask, *, reserved: Appended, message_digest: str) -> Appended:
+    def solvent(
+        self, accounts: tuple[AccountKey, ...], *, ceiling: Ceiling, charge: Callable[[Spending], Spending]
+    ) -> tuple[AccountKey, ...]:
+        """Those of ``accounts`` that stay within ``ceiling`` after ``charge``.
+
+        Raises:
+            BudgetExceeded: none does; says so of the first.
+        """
+        refusals: list[BudgetExceeded] = []
+        paying: list[AccountKey] = []
+        for account in accounts:
+            try:
+                require_within(charge(self.spending(account)), ceiling=ceiling, account=account)
+                paying.append(account)
+            except BudgetExceeded as error:
+                refusals.append(error)
+                logger.warning("cohort %s stays out: %s", account.cohort, error)
+        if not paying:
+            raise refusals[0]
+        return tuple(paying)
+
+    def commit(self, ask: Ask, *, reserved: Reserved, message_digest: str) -> Appended:
         """Record what the reserved release became. The returned line is the receipt."""
         return self._append(
             Commit(
@@ -204,7 +249,7 @@ class Charging:
             )
         )
 
-    def abort(self, *, reserved: Appended, reason: str) -> None:
+    def abort(self, *, reserved: Reserved, reason: str) -> None:
         """Record that the reserved release will not happen. The charge stands."""
         self._append(Abort(reserve=reserved.sequence, reason=reason))
 
@@ -231,9 +276,9 @@ class Charging:
             case DatasetOpened():
                 self._datasets[body.lineage, body.cohort] = body
             case PlanAccepted():
-                self._plans[body.job] = body.job_envelope
+                self._plans[body.job] = body
             case Reserve():
-                self._spending[body.account] = self.spending(body.account).charged(body.mechanism, job=body.job)
+                charge_all(self._spending, body)
                 ask = Ask(job=body.job, purpose=body.purpose, round_index=body.round_index, attempt=body.attempt)
                 self._attempts[body.job, ask.stage] = body.attempt
                 self._latest[body.job] = ask.stage

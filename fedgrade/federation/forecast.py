@@ -6,9 +6,10 @@ through :func:`budget.require_within`, its terms through :func:`charging.require
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
@@ -40,14 +41,39 @@ class Standing:
     Attributes:
         policy: its policy file; None where only its ledger, or nothing, is at hand.
         proof: what its ledger proves; None where it has none yet.
-        data: lineage and cohort that will pay; None takes the last ones that the ledger charged.
-        declared_items: what the site published; None where only the job itself says so.
+        lineage: names the data set.
+        cohorts: those that would pay, and what the site published of the size of each; none where only the job itself
+            says how large the site is.
     """
 
     policy: Policy | None = None
     proof: SiteProof | None = None
-    data: tuple[str, str] | None = None
-    declared_items: int | None = None
+    lineage: str = ""
+    cohorts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def of_ledger(cls, proof: SiteProof | None, *, policy: Policy | None) -> "Standing":
+        """A site of which no more is at hand than its ledger: the cohorts that it charged last would pay."""
+        charged = list(proof.charges.values())[-1].reserve.accounts if proof and proof.charges else ()
+        if proof is None or not charged:
+            return cls(policy=policy, proof=proof)
+        return cls(
+            policy=policy,
+            proof=proof,
+            lineage=charged[0].lineage,
+            cohorts={account.cohort: proof.accounts[account].dataset.declared_items for account in charged},
+        )
+
+    @property
+    def declared_items(self) -> int | None:
+        """What the site published of its size; None where only the job itself says so."""
+        return sum(self.cohorts.values()) if self.cohorts else None
+
+    def dataset(self, account: AccountKey) -> DatasetOpened | None:
+        """The terms on record under which either side of the account's cohort stands."""
+        known = self.proof.accounts if self.proof else {}
+        sides = (replace(account, partition=partition) for partition in _PARTITIONS)
+        return next((known[side].dataset for side in sides if side in known), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +101,21 @@ class AccountForecast:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteForecast:
-    """What the job means for one site. ``refusals`` are the errors that it would answer with; none: it takes part."""
+    """What the job means for one site.
+
+    Attributes:
+        site: whose forecast this is.
+        training, held_out: one account a cohort, in the cohorts' order.
+        observers: of an item in a cohort that takes part.
+        exhausted: the errors of accounts that could not bear the job; their cohorts stay out.
+        refusals: the errors that the site would answer with; none: it takes part.
+    """
 
     site: SiteId
-    training: AccountForecast
-    held_out: AccountForecast
+    training: tuple[AccountForecast, ...]
+    held_out: tuple[AccountForecast, ...]
     observers: ObserverEpsilons
+    exhausted: tuple[str, ...]
     refusals: tuple[str, ...]
 
 
@@ -123,23 +158,24 @@ def forecast(job: TrainingJob, *, standings: Mapping[SiteId, Standing]) -> JobFo
     A site without an entry in ``standings`` is forecast from the job alone. Observers who see only models face the
     noise of the sites that would take part.
     """
-    parts = {site: _site_parts(job, site, standings.get(site, Standing())) for site in job.participants}
-    refusals = {
-        site: _refusals(job, site, standings.get(site, Standing()), accounts) for site, accounts in parts.items()
-    }
+    asked = {site: standings.get(site, Standing()) for site in job.participants}
+    sides = {site: _accounts(job, site, standing) for site, standing in asked.items()}
+    exhausted = {site: _exhausted(job, accounts) for site, accounts in sides.items()}
+    refusals = {site: _refusals(job, site, asked[site], sides[site], exhausted[site]) for site in asked}
     noisy = sum(not refused for refused in refusals.values())
-    shared = observer_epsilons(job.plan, participants=noisy or len(parts))
+    shared = observer_epsilons(job.plan, participants=noisy or len(asked))
     return JobForecast(
         job=job,
         sites=tuple(
             SiteForecast(
                 site=site,
-                training=training,
-                held_out=held_out,
-                observers=_observers(shared, own=training.alone, plan=job.plan),
+                training=accounts["train"],
+                held_out=accounts["test"],
+                observers=_observers(shared, own=max(one.alone for one in accounts["train"]), plan=job.plan),
+                exhausted=tuple(exhausted[site].values()),
                 refusals=refusals[site],
             )
-            for site, (training, held_out) in parts.items()
+            for site, accounts in sides.items()
         ),
     )
 
@@ -214,7 +250,7 @@ def strongest_attacks(forecasted: JobForecast) -> dict[str, tuple[float, Fractio
     for name in ("model_holder", "other_partner", "coordinator", "full_collusion"):
         worst = max(forecasted.sites, key=lambda site: float(getattr(site.observers, name)))
         epsilon = float(getattr(worst.observers, name))
-        delta = worst.training.delta if _faces_own_noise(name, plan) else plan.delta
+        delta = worst.training[0].delta if _faces_own_noise(name, plan) else plan.delta
         attacks[name] = (epsilon, delta, bound_of(epsilon, delta=delta))
     return attacks
 
@@ -232,21 +268,28 @@ def _observers(shared: ObserverEpsilons, *, own: float, plan: PrivacyPlan) -> Ob
     return replace(shared, **faced)
 
 
-def _site_parts(job: TrainingJob, site: SiteId, standing: Standing) -> tuple[AccountForecast, AccountForecast]:
-    training, held_out = (_account_forecast(job, site, standing, partition) for partition in _PARTITIONS)
-    return training, held_out
+def _accounts(job: TrainingJob, site: SiteId, standing: Standing) -> dict[Partition, tuple[AccountForecast, ...]]:
+    cohorts = sorted(standing.cohorts) or [""]
+    return {
+        partition: tuple(
+            _account_forecast(
+                job,
+                standing,
+                AccountKey(partner=site, lineage=standing.lineage, cohort=cohort, partition=partition),
+            )
+            for cohort in cohorts
+        )
+        for partition in _PARTITIONS
+    }
 
 
-def _account_forecast(job: TrainingJob, site: SiteId, standing: Standing, partition: Partition) -> AccountForecast:
-    dataset = _dataset(standing)
-    lineage, cohort = standing.data or ((dataset.lineage, dataset.cohort) if dataset else ("", ""))
-    account = AccountKey(partner=site, lineage=lineage, cohort=cohort, partition=partition)
+def _account_forecast(job: TrainingJob, standing: Standing, account: AccountKey) -> AccountForecast:
     known = standing.proof.accounts.get(account) if standing.proof else None
     spending = known.spending if known else Spending()
-    ceiling = _ceiling(standing, dataset)
+    ceiling = _ceiling(standing, standing.dataset(account))
     delta = ceiling.delta if ceiling else job.plan.delta
     composition = ceiling.composition if ceiling else job.plan.composition
-    charge = job.plan.charge_training if partition == "train" else job.plan.charge_evaluation
+    charge = _charge(job, account)
     return AccountForecast(
         account=account,
         spending=spending,
@@ -259,14 +302,9 @@ def _account_forecast(job: TrainingJob, site: SiteId, standing: Standing, partit
     )
 
 
-def _dataset(standing: Standing) -> DatasetOpened | None:
-    """The terms on record for the data that will pay; without saying which data, those charged last."""
-    if standing.proof is None:
-        return None
-    charged = [charge.reserve.account for charge in standing.proof.charges.values()]
-    if standing.data is not None:
-        charged = [account for account in charged if (account.lineage, account.cohort) == standing.data]
-    return standing.proof.accounts[charged[-1]].dataset if charged else None
+def _charge(job: TrainingJob, account: AccountKey) -> Callable[..., Spending]:
+    """What the whole of ``job`` adds to ``account``."""
+    return job.plan.charge_training if account.partition == "train" else job.plan.charge_evaluation
 
 
 def _ceiling(standing: Standing, dataset: DatasetOpened | None) -> Ceiling | None:
@@ -285,26 +323,46 @@ def _epsilon(spending: Spending, *, delta: Fraction, composition: Composition) -
         return math.inf
 
 
+def _exhausted(job: TrainingJob, sides: Mapping[Partition, tuple[AccountForecast, ...]]) -> dict[AccountKey, str]:
+    """The accounts that could not bear ``job``, each with its error."""
+    rules = {
+        account.account: partial(_require_affordable, job, account)
+        for accounts in sides.values()
+        for account in accounts
+        if account.ceiling is not None
+    }
+    return {account: message for account, rule in rules.items() if (message := _refusal(rule)) is not None}
+
+
 def _refusals(
-    job: TrainingJob, site: SiteId, standing: Standing, accounts: tuple[AccountForecast, AccountForecast]
+    job: TrainingJob,
+    site: SiteId,
+    standing: Standing,
+    sides: Mapping[Partition, tuple[AccountForecast, ...]],
+    exhausted: Mapping[AccountKey, str],
 ) -> tuple[str, ...]:
     """What the site would say no with, each rule's own words; the policy names the first rule that is broken."""
-    policy, dataset = standing.policy, _dataset(standing)
-    declared = job.declared_items[site] if standing.declared_items is None else standing.declared_items
+    policy, declared = standing.policy, standing.declared_items
     rules: list[Callable[[], object]] = [partial(require_hidden_uploads, job, Summation.PLAIN)]
     if policy is not None:
-        rules.append(partial(admit, job, policy=policy, site=site, declared_items=declared))
-    if policy is not None and dataset is not None:
-        terms = replace(dataset, composition=policy.composition, declared_items=declared)
-        rules.append(partial(require_same_terms, terms, standing=dataset))
-    rules += [partial(_require_affordable, job, account) for account in accounts if account.ceiling is not None]
-    return tuple(dict.fromkeys(message for rule in rules if (message := _refusal(rule)) is not None))
+        published = job.declared_items[site] if declared is None else declared
+        rules.append(partial(admit, job, policy=policy, site=site, declared_items=published))
+        for account in sides["train"]:
+            if dataset := standing.dataset(account.account):
+                items = standing.cohorts.get(account.account.cohort, dataset.declared_items)
+                terms = replace(dataset, composition=policy.composition, declared_items=items)
+                rules.append(partial(require_same_terms, terms, standing=dataset))
+    # A site stays out only if on one side no cohort can pay; otherwise the others go on.
+    broke = [side for side in sides.values() if all(one.account in exhausted for one in side)]
+    messages = [message for rule in rules if (message := _refusal(rule)) is not None]
+    messages += [exhausted[side[0].account] for side in broke]
+    return tuple(dict.fromkeys(messages))
 
 
 def _require_affordable(job: TrainingJob, account: AccountForecast) -> None:
-    charge = job.plan.charge_training if account.account.partition == "train" else job.plan.charge_evaluation
     ceiling = Ceiling(epsilon=account.ceiling or Fraction(0), delta=account.delta, composition=account.composition)
-    require_within(charge(account.spending, job=job.digest), ceiling=ceiling, account=account.account)
+    after = _charge(job, account.account)(account.spending, job=job.digest)
+    require_within(after, ceiling=ceiling, account=account.account)
 
 
 def _refusal(rule: Callable[[], object]) -> str | None:

@@ -5,18 +5,15 @@ against them. It knows no network; a door hands it bytes and carries bytes away.
 """
 
 import hashlib
-import hmac
 import logging
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, assert_never
+from typing import assert_never
 
 import numpy as np
-import numpy.typing as npt
 
-from fedgrade.data.manifest import Manifest, Photo, Split, read_manifest
+from fedgrade.data.manifest import Split
 from fedgrade.errors import (
     AlreadyCharged,
     BudgetExceeded,
@@ -29,6 +26,7 @@ from fedgrade.errors import (
     PolicyViolated,
 )
 from fedgrade.federation.charging import Ask, Charging
+from fedgrade.federation.holdings import Holdings, SiteData, read_holdings
 from fedgrade.federation.members import Members
 from fedgrade.federation.messages import (
     AdmitRequest,
@@ -48,28 +46,12 @@ from fedgrade.federation.payloads import read_head
 from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
 from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.job import TrainingJob
-from fedgrade.model.spec import ModelSpec
-from fedgrade.privacy.budget import require_within
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SigningKey, SiteId
-from fedgrade.trust.records import DatasetOpened
+from fedgrade.trust.records import AccountKey, Partition
 
 logger = logging.getLogger(__name__)
-
-
-class PhotoFeatures(Protocol):
-    """Where this site's photos live and what turns them into numbers; the door decides."""
-
-    def prepare(self, model: ModelSpec, manifest: Manifest) -> None:
-        """Check every photo of ``manifest`` and cache its features, so that bad data shows before anything is spent.
-
-        Raises:
-            DataRefused: a photo is missing, changed or unreadable.
-        """
-
-    def features(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
-        """Features [photos, dimensions] of ``photos``, in their order."""
 
 
 MAX_REASON = 1000  # characters
@@ -82,25 +64,6 @@ class SiteIdentity:
     site: SiteId
     key: SigningKey
     roster: Roster
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteData:
-    """What this site holds: sensitive, never sent.
-
-    ``declared_items`` is what the partner publishes of its size; ``photos_per_item`` is the most photos it lets an item
-    have, a bound that it chose and not a count.
-    """
-
-    manifest: bytes
-    lineage: str
-    cohort: str
-    declared_items: int
-    photos_per_item: int
-    photos: PhotoFeatures
-
-    def __repr__(self) -> str:
-        return f"SiteData({self.lineage}/{self.cohort})"
 
 
 class Site:
@@ -160,13 +123,15 @@ class Site:
         opened = self._read_job(body.job_envelope)
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
-        self._require_affordable(opened)
-        self._data.photos.prepare(opened.job.spec.model, opened.manifest)
-        self._members.require_apart(
-            opened.manifest, lineage=self._data.lineage, cohort=self._data.cohort, opened=self._charging.opened
-        )
-        self._charging.open_dataset(opened.dataset)
-        self._charging.accept(opened.job, envelope=body.job_envelope)
+        accounts = self._affordable(opened)
+        self._data.photos.prepare(opened.job.spec.model, opened.holdings.photos)
+        for cohort, holding in opened.holdings.cohorts.items():
+            self._members.require_apart(
+                holding.manifest, lineage=self._data.lineage, cohort=cohort, opened=self._charging.opened
+            )
+        for holding in opened.holdings.cohorts.values():
+            self._charging.open_dataset(holding.dataset)
+        self._charging.accept(opened.job, envelope=body.job_envelope, accounts=accounts)
         self._jobs = {opened.job.digest: opened}
         logger.info("job %s admitted, epsilon %s planned", opened.job.spec.name, opened.job.spec.privacy.target_epsilon)
         return self._reply(Admitted(), request_digest)
@@ -182,18 +147,19 @@ class Site:
         # Charge before any photo is read: a crash may waste budget but can never hide a release.
         reserved = self._charging.reserve(
             ask,
-            account=self._charging.account(opened.dataset, partition="test" if body.purpose == "evaluate" else "train"),
+            accounts=self._payers(opened, "test" if body.purpose == "evaluate" else "train"),
             mechanism=plan.mechanism(body.purpose),
             ceiling=self._policy.ceiling,
             weights_digest=request.document.tensors_digest,
         )
+        cohorts = frozenset(account.cohort for account in reserved.accounts)
         try:
             tensors = compute_release(
                 opened.job,
                 body.purpose,
                 head,
                 site=self._identity.site,
-                rows=lambda split: self._rows(opened, split),
+                rows=lambda split: self._rows(opened, split, cohorts),
             )
         except Exception as error:
             self._charging.abort(reserved=reserved, reason=type(error).__name__)
@@ -214,22 +180,8 @@ class Site:
         admit(job, policy=self._policy, site=self._identity.site, declared_items=self._data.declared_items)
         require_hidden_uploads(job, self._summation)
         self._require_known(job)
-        # By the partner's own rules, which the job was just held against: whether the manifest passes says nothing
-        # that a job could choose to ask.
-        ceiling = self._policy.synthetic_ceiling
-        manifest = read_manifest(self._data.manifest, job.spec.grading, synthetic_ceiling=ceiling)
-        self._require_bounded(manifest)
-        return _OpenJob(job=job, manifest=manifest, dataset=self._dataset(manifest))
-
-    def _require_bounded(self, manifest: Manifest) -> None:
-        """Refuse a manifest in which an item has more photos than the partner declared."""
-        for split in Split:
-            for item in manifest.items(split):
-                if len(item.photos) > self._data.photos_per_item:
-                    raise DataRefused(
-                        f"item {item.name!r}: has {len(item.photos)} photos; photos_per_item is "
-                        f"{self._data.photos_per_item}"
-                    )
+        holdings = read_holdings(self._data, grading=job.spec.grading, policy=self._policy, secret=self._secret)
+        return _OpenJob(job=job, holdings=holdings)
 
     def _require_known(self, job: TrainingJob) -> None:
         """Refuse a job with participants whom this site's own roster does not name: they would hide nobody."""
@@ -240,54 +192,71 @@ class Site:
     def _opened(self, job_digest: str) -> "_OpenJob":
         if job_digest not in self._jobs:
             # After a restart: the ledger remembers what was admitted, and policy is asked once more.
-            opened = self._read_job(self._charging.job_envelope(job_digest))
+            opened = self._read_job(self._charging.accepted(job_digest).job_envelope)
             # The partner may have moved its ceiling meanwhile; charges must stand under the one on record.
-            self._charging.open_dataset(opened.dataset)
+            for holding in opened.holdings.cohorts.values():
+                self._charging.open_dataset(holding.dataset)
             self._jobs = {job_digest: opened}
         return self._jobs[job_digest]
 
-    def _dataset(self, manifest: Manifest) -> DatasetOpened:
-        ceiling = self._policy.ceiling
-        return DatasetOpened(
-            lineage=self._data.lineage,
-            cohort=self._data.cohort,
-            unit="item",
-            adjacency="add_or_remove_one",
-            photos_per_item=self._data.photos_per_item,
-            declared_items=self._data.declared_items,
-            manifest_commitment=hmac.new(self._secret, manifest.digest.encode(), hashlib.sha256).hexdigest(),
-            composition=ceiling.composition,
-            epsilon_limit=ceiling.epsilon,
-            delta=ceiling.delta,
-        )
+    def _affordable(self, opened: "_OpenJob") -> tuple[AccountKey, ...]:
+        """The accounts whose lifetime budget bears the whole job; the others stay out of it.
 
-    def _require_affordable(self, opened: "_OpenJob") -> None:
-        """Refuse a job that could not be finished within the lifetime budget, before anything is spent on it."""
-        plan, job = opened.job.plan, opened.job.digest
+        Raises:
+            BudgetExceeded: on one side none does; nothing is spent on a job that could not be finished.
+            PolicyViolated: too few items are left to hide among.
+        """
+        plan, job, ceiling = opened.job.plan, opened.job.digest, self._policy.ceiling
         if self._charging.has_begun(job):
             # Shown again by a coordinator that resumes: part of the plan is in the spending already, and what is left
             # meets the ceiling at each reservation.
-            return
-        train = self._charging.account(opened.dataset, partition="train")
-        test = self._charging.account(opened.dataset, partition="test")
-        for account, after in (
-            (train, plan.charge_training(self._charging.spending(train), job=job)),
-            (test, plan.charge_evaluation(self._charging.spending(test), job=job)),
-        ):
-            require_within(after, ceiling=self._policy.ceiling, account=account)
+            return self._charging.accepted(job).accounts
+        train = self._charging.solvent(
+            self._accounts(opened, "train"),
+            ceiling=ceiling,
+            charge=lambda spending: plan.charge_training(spending, job=job),
+        )
+        test = self._charging.solvent(
+            self._accounts(opened, "test"),
+            ceiling=ceiling,
+            charge=lambda spending: plan.charge_evaluation(spending, job=job),
+        )
+        self._require_company(opened, train)
+        return train + test
 
-    def _rows(self, opened: "_OpenJob", split: Split) -> SiteRows:
-        if split not in opened.rows:
-            items = opened.manifest.items(split)
+    def _accounts(self, opened: "_OpenJob", partition: Partition) -> tuple[AccountKey, ...]:
+        """The accounts of every cohort on one side."""
+        return tuple(
+            self._charging.account(holding.dataset, partition=partition)
+            for _, holding in sorted(opened.holdings.cohorts.items())
+        )
+
+    def _payers(self, opened: "_OpenJob", partition: Partition) -> tuple[AccountKey, ...]:
+        """The accounts on one side that were admitted to the job, as the ledger has it."""
+        admitted = self._charging.accepted(opened.job.digest).accounts
+        return tuple(account for account in admitted if account.partition == partition)
+
+    def _require_company(self, opened: "_OpenJob", train: tuple[AccountKey, ...]) -> None:
+        """Refuse a job that only cohorts with too few items together can pay for."""
+        items = opened.holdings.declared_items(frozenset(account.cohort for account in train))
+        if items < max(self._policy.minimum_items, opened.job.spec.data.minimum_items):
+            raise PolicyViolated(
+                f"job {opened.job.spec.name}: only {items} declared items have budget left for it; "
+                f"policy.minimum_items is {self._policy.minimum_items}"
+            )
+
+    def _rows(self, opened: "_OpenJob", split: Split, cohorts: frozenset[str]) -> SiteRows:
+        if (split, cohorts) not in opened.rows:
+            items = opened.holdings.items(split, cohorts=cohorts)
             features = self._data.photos.features(
                 opened.job.spec.model, [photo for item in items for photo in item.photos]
             )
-            opened.rows[split] = SiteRows(
+            opened.rows[split, cohorts] = SiteRows(
                 features=features.astype(np.float64),
                 item_index=np.repeat(np.arange(len(items)), [len(item.photos) for item in items]),
                 grades=np.array([item.grade for item in items], dtype=np.int64),
             )
-        return opened.rows[split]
+        return opened.rows[split, cohorts]
 
     def _reply(self, body: Admitted | Contribution | Refusal, request_digest: str, *, tensors: bytes = b"") -> bytes:
         reply = Reply(
@@ -311,12 +280,11 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class _OpenJob:
-    """A job that was admitted, this site's manifest read for it, and the rows loaded so far."""
+    """A job that was admitted, what this site holds for it, and the rows loaded so far, by side and cohorts."""
 
     job: TrainingJob
-    manifest: Manifest
-    dataset: DatasetOpened
-    rows: dict[Split, SiteRows] = field(default_factory=dict, repr=False)
+    holdings: Holdings
+    rows: dict[tuple[Split, frozenset[str]], SiteRows] = field(default_factory=dict, repr=False)
 
 
 _CODES: tuple[tuple[type[Exception], RefusalCode], ...] = (

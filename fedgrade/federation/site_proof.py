@@ -1,12 +1,13 @@
 """What one site's ledger proves on its own: every charge recomputed, every ceiling kept, every release paid for."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedgrade.errors import FedgradeError, LedgerBroken
 from fedgrade.federation.charging import require_same_terms
 from fedgrade.job import TrainingJob
-from fedgrade.privacy.budget import Ceiling, Spending, require_within
+from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_within
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SiteId
@@ -16,6 +17,7 @@ from fedgrade.trust.records import (
     AccountKey,
     Body,
     Commit,
+    Composition,
     DatasetOpened,
     Genesis,
     Partition,
@@ -29,12 +31,17 @@ from fedgrade.trust.transparency import MerkleTree
 
 @dataclass(frozen=True, kw_only=True)
 class Charge:
-    """One reservation, when it was made, and the account's total epsilon right after it."""
+    """One reservation, when it was made, and what each account that paid had spent in all right after it."""
 
     reserve: Reserve
     time: str
-    epsilon_after: float
+    after: Mapping[AccountKey, Spending]
+    composition: Composition
     outcome: str  # "committed", "aborted" or "open"
+
+    def epsilon_after(self, account: AccountKey) -> float:
+        """Total epsilon of ``account`` once this was charged."""
+        return self.after[account].epsilon(delta=self.reserve.delta, composition=self.composition)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +70,32 @@ class SiteProof:
     jobs: dict[str, TrainingJob]
     committed_lines: frozenset[str]
 
+    def charges_to(self, account: AccountKey) -> tuple[Charge, ...]:
+        """Every charge that ``account`` paid, in order."""
+        return tuple(charge for charge in self.charges.values() if account in charge.reserve.accounts)
+
     def job_epsilon(self, job: str, *, partition: Partition) -> float:
-        """Epsilon that one job alone cost this site's items on one side, at the account's own delta."""
-        spending, dataset = Spending(), None
-        for charge in self.charges.values():
-            if charge.reserve.job == job and charge.reserve.account.partition == partition:
+        """Epsilon that one job alone cost an item on one side, at the account's own delta, in the cohort it cost most.
+
+        Cohorts compose in parallel: no item pays for another's.
+        """
+        return max(
+            (
+                self._job_spending(job, account).epsilon(
+                    delta=proof.dataset.delta, composition=proof.dataset.composition
+                )
+                for account, proof in self.accounts.items()
+                if account.partition == partition
+            ),
+            default=0.0,
+        )
+
+    def _job_spending(self, job: str, account: AccountKey) -> Spending:
+        spending = Spending()
+        for charge in self.charges_to(account):
+            if charge.reserve.job == job:
                 spending = spending.charged(charge.reserve.mechanism, job=job)
-                dataset = self.accounts[charge.reserve.account].dataset
-        if dataset is None:
-            return 0.0
-        return spending.epsilon(delta=dataset.delta, composition=dataset.composition)
+        return spending
 
 
 def prove_site(path: Path, *, site: SiteId, roster: Roster) -> SiteProof:
@@ -103,6 +126,7 @@ class _Reading:
     datasets: dict[tuple[str, str], DatasetOpened] = field(default_factory=dict)
     spending: dict[AccountKey, Spending] = field(default_factory=dict)
     jobs: dict[str, TrainingJob] = field(default_factory=dict)
+    admitted: dict[str, frozenset[AccountKey]] = field(default_factory=dict)
     charges: dict[int, Charge] = field(default_factory=dict)
     places: set[tuple[str, str, int, int]] = field(default_factory=set)
     committed: set[str] = field(default_factory=set)
@@ -161,6 +185,9 @@ class _Reading:
         if job.digest != body.job or job.plan.mode != body.mode or self.site not in job.declared_items:
             raise LedgerBroken("the sealed job is not the one that the entry describes")
         self.jobs[job.digest] = job
+        for account in body.accounts:
+            self._dataset(account)
+        self.admitted[job.digest] = frozenset(body.accounts)
 
     def _reserve(self, entry: Entry, body: Reserve) -> None:
         job = self.jobs.get(body.job)
@@ -171,17 +198,33 @@ class _Reading:
             raise LedgerBroken(f"{body.purpose} round {body.round_index} attempt {body.attempt} is charged twice")
         if body.mechanism != job.plan.mechanism(body.purpose):
             raise LedgerBroken("the mechanism is not the one of the job's privacy plan")
-        if body.account.partner != self.site or (body.account.partition == "test") != (body.purpose == "evaluate"):
+        if body.accounts[0].partner != self.site or (body.partition == "test") != (body.purpose == "evaluate"):
             raise LedgerBroken(f"{body.purpose} charges the wrong account")
-        dataset = self._dataset(body.account)
-        if (body.epsilon_limit, body.delta) != (dataset.epsilon_limit, dataset.delta):
-            raise LedgerBroken("the ceiling is not the one that the data set was put under")
-        spending = self.spending.get(body.account, Spending()).charged(body.mechanism, job=body.job)
-        ceiling = Ceiling(epsilon=dataset.epsilon_limit, delta=dataset.delta, composition=dataset.composition)
-        after = require_within(spending, ceiling=ceiling, account=body.account)
+        if strange := [account for account in body.accounts if account not in self.admitted[body.job]]:
+            raise LedgerBroken(f"charges cohort {strange[0].cohort}, which was not admitted to the job")
+        charge_all(self.spending, body)
         self.places.add(place)
-        self.spending[body.account] = spending
-        self.charges[entry.sequence] = Charge(reserve=body, time=entry.time, epsilon_after=after, outcome="open")
+        self.charges[entry.sequence] = Charge(
+            reserve=body,
+            time=entry.time,
+            after={account: self.spending[account] for account in body.accounts},
+            composition=self._within_ceilings(body),
+            outcome="open",
+        )
+
+    def _within_ceilings(self, body: Reserve) -> Composition:
+        """How the accounts that ``body`` charged compose, all of them being within the ceiling they were put under."""
+        compositions = set()
+        for account in body.accounts:
+            dataset = self._dataset(account)
+            if (body.epsilon_limit, body.delta) != (dataset.epsilon_limit, dataset.delta):
+                raise LedgerBroken("the ceiling is not the one that the data set was put under")
+            ceiling = Ceiling(epsilon=dataset.epsilon_limit, delta=dataset.delta, composition=dataset.composition)
+            require_within(self.spending[account], ceiling=ceiling, account=account)
+            compositions.add(dataset.composition)
+        if len(compositions) != 1:
+            raise LedgerBroken("charges accounts that compose differently")
+        return compositions.pop()
 
     def _settle(self, sequence: int, outcome: str, *, place: tuple[str, str, int, int] | None) -> None:
         charge = self.charges.get(sequence)
@@ -190,14 +233,12 @@ class _Reading:
         body = charge.reserve
         if place is not None and place != (body.job, body.purpose, body.round_index, body.attempt):
             raise LedgerBroken(f"settles entry {sequence} for another round than it was reserved for")
-        self.charges[sequence] = Charge(
-            reserve=body, time=charge.time, epsilon_after=charge.epsilon_after, outcome=outcome
-        )
+        self.charges[sequence] = replace(charge, outcome=outcome)
 
     def _dataset(self, account: AccountKey) -> DatasetOpened:
         try:
             return self.datasets[account.lineage, account.cohort]
         except KeyError as error:
             raise LedgerBroken(
-                f"charges {account.lineage}/{account.cohort}, which was never put under account"
+                f"names {account.lineage}/{account.cohort}, which was never put under account"
             ) from error

@@ -312,7 +312,7 @@ def _observers(
         training = [charge for charge in mine if charge.reserve.purpose != "evaluate"]
         if not training:
             continue
-        own = _own_epsilon(proof, training, delta=job.plan.delta)
+        own = _own_epsilon(training, delta=job.plan.delta)
         if job.plan.mode == "local_sgd":
             observers[site] = ObserverEpsilons(coordinator=own, other_partner=own, model_holder=own, full_collusion=own)
             continue
@@ -327,13 +327,15 @@ def _observers(
     return observers
 
 
-def _own_epsilon(proof: SiteProof, charges: list[Charge], *, delta: Fraction) -> float:
-    """Epsilon at ``delta`` of ``charges`` against whoever sees the site's own releases: nobody else's noise helps."""
+def _own_epsilon(charges: list[Charge], *, delta: Fraction) -> float:
+    """Epsilon at ``delta`` of ``charges`` against whoever sees the site's own releases: nobody else's noise helps.
+
+    An item in a cohort that dropped out on the way paid for fewer of them.
+    """
     spending = Spending()
     for charge in charges:
         spending = spending.charged(charge.reserve.mechanism, job=charge.reserve.job)
-    composition = proof.accounts[charges[0].reserve.account].dataset.composition
-    return spending.epsilon(delta=delta, composition=composition)
+    return spending.epsilon(delta=delta, composition=charges[0].composition)
 
 
 def _shared_rho(site: SiteId, charges: list[Charge], closed: list[RoundClosed], *, removed: int) -> Fraction:

@@ -4,14 +4,17 @@ The same fold serves the partner's node before a release and the compliance lapt
 disagree. Budgets last for the life of the data: across rounds, runs, models and restarts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import lru_cache
 from types import MappingProxyType
 
 from fedgrade.errors import BudgetExceeded, PlanRefused
-from fedgrade.privacy.accounting import poisson_epsilon, printed, zcdp_epsilon
-from fedgrade.trust.records import AccountKey, Body, Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Reserve
+from fedgrade.privacy.accounting import poisson_epsilon, printed, zcdp_epsilon, zcdp_rho
+from fedgrade.trust.records import AccountKey, Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Reserve
+
+_HIGHEST_CEILING = Fraction(1000)
 
 StepCounts = Mapping[tuple[Fraction, Fraction], int]
 
@@ -65,21 +68,25 @@ class Ceiling:
     composition: Composition
 
 
-def spending_by_account(entries: Iterable[Body]) -> dict[AccountKey, Spending]:
-    """What each account was charged by ``entries``, whether or not the release then happened."""
-    accounts: dict[AccountKey, Spending] = {}
-    for body in entries:
-        if isinstance(body, Reserve):
-            accounts[body.account] = accounts.get(body.account, Spending()).charged(body.mechanism, job=body.job)
-    return accounts
+def charge_all(accounts: dict[AccountKey, Spending], reserve: Reserve) -> None:
+    """Add the cost of ``reserve`` to every account that pays for it, whether or not the release then happens.
+
+    The one fold of charges: the partner's node, its budget command and the compliance laptop all go through it.
+    """
+    for account in reserve.accounts:
+        accounts[account] = accounts.get(account, Spending()).charged(reserve.mechanism, job=reserve.job)
 
 
-def require_within(spending: Spending, *, ceiling: Ceiling, account: AccountKey) -> float:
-    """The epsilon of ``spending``, which is within ``ceiling``.
+def require_within(spending: Spending, *, ceiling: Ceiling, account: AccountKey) -> None:
+    """Return if ``spending`` is within ``ceiling``.
 
     Raises:
         BudgetExceeded: it is not; nothing may be released.
+        PlanRefused: the account cannot express what was charged to it.
     """
+    if not spending.poisson and ceiling.composition == "zcdp" and spending.rho <= _admitted_rho(ceiling):
+        # Epsilon grows with rho: no need to solve for it at every one of a ledger's charges.
+        return
     after = spending.epsilon(delta=ceiling.delta, composition=ceiling.composition)
     if after > ceiling.epsilon:
         raise BudgetExceeded(
@@ -87,4 +94,9 @@ def require_within(spending: Spending, *, ceiling: Ceiling, account: AccountKey)
             f"{printed(after)}, the partner's ceiling is {float(ceiling.epsilon):.2f}; lower privacy.target_epsilon, "
             "or wait for a new ingestion cohort"
         )
-    return after
+
+
+@lru_cache(maxsize=1024)
+def _admitted_rho(ceiling: Ceiling) -> Fraction:
+    """A rho that a ``zcdp`` ceiling admits: all that it does, but for ceilings too high to mean anything."""
+    return zcdp_rho(min(ceiling.epsilon, _HIGHEST_CEILING), delta=ceiling.delta)

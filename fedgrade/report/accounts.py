@@ -75,12 +75,12 @@ def spending_of(proof: FederationProof) -> tuple[SpendingLine, ...]:
     """Epsilon of every training account after each of its charges."""
     lines = []
     for _, key, _ in _accounts(proof):
-        charges = [one for one in proof.sites[key.partner].charges.values() if one.reserve.account == key]
+        charges = proof.sites[key.partner].charges_to(key)
         if key.partition == "train":
             lines.append(
                 SpendingLine(
                     label=_label(proof.sites[key.partner], key),
-                    epsilons=tuple(charge.epsilon_after for charge in charges),
+                    epsilons=tuple(charge.epsilon_after(key) for charge in charges),
                     ceilings=tuple(float(charge.reserve.epsilon_limit) for charge in charges),
                 )
             )

@@ -131,29 +131,51 @@ class DatasetOpened:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanAccepted:
-    """The partner admitted a sealed job; nothing about that job can change afterwards."""
+    """The partner admitted a sealed job; nothing about that job can change afterwards.
+
+    ``accounts`` are those that may be charged for it: a cohort whose budget could not bear the whole job stays out.
+    """
 
     kind: Literal["plan"] = "plan"
     job: str
     job_envelope: str
     mode: Literal["local", "distributed", "local_sgd"]
     participants: int
+    accounts: tuple[AccountKey, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reserve:
-    """Privacy was charged, before any photo was read for it. A crash after this leaves the charge standing."""
+    """Privacy was charged, before any photo was read for it. A crash after this leaves the charge standing.
+
+    Each of ``accounts`` pays the whole cost: they are one side of different cohorts, an item is in exactly one of them,
+    and so the release costs each item once (parallel composition; McSherry 2009, doi 10.1145/1559845.1559850).
+    """
 
     kind: Literal["reserve"] = "reserve"
     job: str
     round_index: int
     attempt: int
     purpose: Purpose
-    account: AccountKey
+    accounts: tuple[AccountKey, ...]
     mechanism: Mechanism
     weights_digest: str
     epsilon_limit: Fraction
     delta: Fraction
+
+    def __post_init__(self) -> None:
+        sides = {(one.partner, one.lineage, one.partition, one.unit) for one in self.accounts}
+        cohorts = {one.cohort for one in self.accounts}
+        if len(sides) != 1 or len(cohorts) != len(self.accounts):
+            raise DocumentRefused(
+                f"reserve: charges {len(self.accounts)} accounts; they must be one side of one data lineage, each in "
+                "another cohort"
+            )
+
+    @property
+    def partition(self) -> Partition:
+        """The side whose items pay."""
+        return self.accounts[0].partition
 
 
 @dataclass(frozen=True, kw_only=True)

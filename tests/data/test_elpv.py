@@ -77,7 +77,7 @@ def test_the_tied_modules_are_on_the_same_side(manifests):
 
 def test_the_photos_are_where_the_manifests_say(manifests):
     root = elpv.package_photos()
-    verify_photos(manifests["recycler-a"], root, PhotoLimits())
+    verify_photos(manifests["recycler-a"].photos, root, PhotoLimits())
     assert open_photo(root, manifests["recycler-b"].photos[0], PhotoLimits()).shape == (300, 300, 3)
 
 

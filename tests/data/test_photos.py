@@ -235,10 +235,10 @@ def test_opening_photos_leaves_no_descriptor_behind(tmp_path):
 def test_verifying_reads_every_digest_and_decodes_nothing(tmp_path):
     photos = (stored(tmp_path, b"no photo at all", "a.png"), stored(tmp_path, b"nor this", "b.png"))
     manifest = read_manifest(write_manifest(photos), SCALE)
-    verify_photos(manifest, tmp_path, LIMITS)
+    verify_photos(manifest.photos, tmp_path, LIMITS)
     (tmp_path / "b.png").write_bytes(b"nor That")
     with pytest.raises(DataRefused, match=r"'b\.png': changed on disk"):
-        verify_photos(manifest, tmp_path, LIMITS)
+        verify_photos(manifest.photos, tmp_path, LIMITS)
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": 0}, {"max_pixels": 0}, {"max_pixels": -1}])

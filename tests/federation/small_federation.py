@@ -12,14 +12,16 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
 
 from fedgrade.aggregation.mean import AggregationSpec
-from fedgrade.data.manifest import Manifest, Photo, Provenance, Split, write_manifest
+from fedgrade.data.manifest import Photo, Provenance, Split, write_manifest
 from fedgrade.data.photos import PhotoLimits, open_photo, verify_photos
 from fedgrade.federation.charging import Charging
+from fedgrade.federation.holdings import CohortData, PhotoFeatures, SiteData
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.messages import (
     AdmitRequest,
@@ -35,7 +37,7 @@ from fedgrade.federation.payloads import Head, write_head
 from fedgrade.federation.policy import Policy, Summation
 from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
-from fedgrade.federation.site import PhotoFeatures, Site, SiteData, SiteIdentity
+from fedgrade.federation.site import Site, SiteIdentity
 from fedgrade.federation.store import RunStore
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
@@ -96,6 +98,7 @@ POLICY = Policy(
     synthetic_ceiling=0.1,
 )
 NAMES = (site_id("recycler-a"), site_id("recycler-b"), site_id("recycler-c"))
+ONE_COHORT = MappingProxyType({"2026": ("manifest.csv", DECLARED)})
 FIRST = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -117,15 +120,16 @@ class ProjectedPhotos:
     root: Path
     opened: list[str] = field(default_factory=list)
 
-    def prepare(self, model: ModelSpec, manifest: Manifest) -> None:
-        verify_photos(manifest, self.root, PhotoLimits())
-        self.features(model, manifest.photos)
+    def prepare(self, model: ModelSpec, photos: Sequence[Photo]) -> None:
+        verify_photos(photos, self.root, PhotoLimits())
+        self.features(model, photos)
 
     def features(self, model: ModelSpec, photos: Sequence[Photo]) -> np.ndarray:
         self.opened.extend(photo.path for photo in photos)
         pixels = [open_photo(self.root, photo, PhotoLimits())[:, :, 0].ravel() for photo in photos]
         rows = np.array(pixels, dtype=np.float32).reshape(len(photos), PIXELS * PIXELS)
-        return rows @ projection(model.feature_dimensions)
+        # One photo at a time: the last bits of a product of matrices depend on how many rows there are.
+        return np.array([row @ projection(model.feature_dimensions) for row in rows])
 
 
 @cache
@@ -213,16 +217,17 @@ class SmallFederation:
         policy: Policy = POLICY,
         photos: PhotoFeatures | None = None,
         summation: Summation = Summation.PLAIN,
-        cohort: str = "2026",
+        cohorts: Mapping[str, tuple[str, int]] = ONE_COHORT,
         photos_per_item: int = 9,
     ) -> Iterator[Site]:
-        """One site, its ledger held until the block ends."""
+        """One site, its ledger held until the block ends; ``cohorts`` by name: manifest and declared items."""
         folder = self.folder(name)
         data = SiteData(
-            manifest=(folder / "manifest.csv").read_bytes(),
             lineage=f"squares-{name}",
-            cohort=cohort,
-            declared_items=DECLARED,
+            cohorts={
+                cohort: CohortData(manifest=(folder / manifest).read_bytes(), declared_items=declared)
+                for cohort, (manifest, declared) in cohorts.items()
+            },
             photos_per_item=photos_per_item,
             photos=photos or ProjectedPhotos(root=folder / "photos"),
         )
@@ -245,8 +250,10 @@ class SmallFederation:
         with ExitStack() as stack:
             yield {name: stack.enter_context(self.site(name, **settings)).answer for name in self.site_keys}
 
-    def job(self, spec: JobSpec = SPEC, *, nonce: str = "0") -> TrainingJob:
-        return plan_job(spec, declared_items=dict.fromkeys(self.site_keys, DECLARED), nonce=nonce)
+    def job(self, spec: JobSpec = SPEC, *, nonce: str = "0", declared: int = DECLARED) -> TrainingJob:
+        """``spec`` planned; ``declared`` are the first site's items."""
+        items = {**dict.fromkeys(self.site_keys, DECLARED), NAMES[0]: declared}
+        return plan_job(spec, declared_items={name: items[name] for name in self.site_keys}, nonce=nonce)
 
     def run(self, job: TrainingJob, cohort: object, *, report: Callable[[Progress], None] = lambda _: None) -> str:
         """Run ``job`` as its coordinator would, from wherever its checkpoint stands."""

@@ -51,8 +51,8 @@ def standings(federation, policy=POLICY):
             proof=prove_site(federation.ledger(name), site=name, roster=federation.roster)
             if federation.ledger(name).exists()
             else None,
-            data=(f"squares-{name}", "2026"),
-            declared_items=DECLARED,
+            lineage=f"squares-{name}",
+            cohorts={"2026": DECLARED},
         )
         for name in NAMES
     }
@@ -63,7 +63,7 @@ def assert_foretold(forecasted, proof):
     observers = proof.jobs[forecasted.job.digest].observers
     for site in forecasted.sites:
         ledger = proof.sites[site.site]
-        for account in (site.training, site.held_out):
+        for account in (*site.training, *site.held_out):
             partition = account.account.partition
             assert account.alone == ledger.job_epsilon(forecasted.job.digest, partition=partition)
             assert account.after == ledger.accounts[account.account].epsilon
@@ -85,7 +85,7 @@ def test_what_is_foretold_is_what_the_verifier_proves_job_after_job(federation):
 def test_a_ledger_alone_foretells_the_same_as_the_sites_own_files(federation):
     federation.run_in_process(federation.job(with_privacy(rounds=1)))
     job = federation.job(with_privacy(rounds=1), nonce="next")
-    copies = {name: Standing(proof=one.proof) for name, one in standings(federation).items()}
+    copies = {name: Standing.of_ledger(one.proof, policy=None) for name, one in standings(federation).items()}
     for own, copied in zip(
         forecast(job, standings=standings(federation)).sites, forecast(job, standings=copies).sites, strict=True
     ):
@@ -128,7 +128,7 @@ def test_two_rules_broken_are_both_told():
     (first, *_) = forecast(job, standings={NAMES[0]: strict}).sites
     assert [line for line in first.refusals if "maximum_rounds" in line]
     assert [line for line in first.refusals if "ceiling is 30.00" in line]
-    assert first.training.left == 0.0
+    assert first.training[0].left == 0.0
 
 
 def test_sites_that_stay_out_take_their_noise_along():
@@ -159,7 +159,7 @@ def test_a_noise_share_is_refused_by_everyone_until_there_is_a_secure_sum():
 def test_an_account_of_integer_noise_alone_has_no_epsilon_for_a_poisson_job():
     job = plan_job(replace(SPEC, privacy=SGD), declared_items=ITEMS, nonce="0")
     (first, *_) = forecast(job, standings={NAMES[0]: Standing(policy=POLICY)}).sites
-    assert math.isinf(first.training.after)
+    assert math.isinf(first.training[0].after)
     assert any("policy.modes" in line for line in first.refusals)
 
 
@@ -171,20 +171,20 @@ def test_a_job_adds_at_least_nothing_and_at_most_its_own_cost(earlier, rounds, t
     )
     job = plan_job(spec, declared_items=ITEMS, nonce="0")
     (site, *_) = forecast(job, standings={}).sites
-    spending = site.training.spending
+    spending = site.training[0].spending
     for number in range(earlier):
         spending = job.plan.charge_training(spending, job=str(number))
     before = spending.epsilon(delta=job.plan.delta, composition="zcdp")
     after = job.plan.charge_training(spending, job="next").epsilon(delta=job.plan.delta, composition="zcdp")
-    assert max(before, site.training.alone) <= after <= before + site.training.alone + 1e-9
-    assert site.training.alone <= target
-    assert site.held_out.alone <= evaluation
+    assert max(before, site.training[0].alone) <= after <= before + site.training[0].alone + 1e-9
+    assert site.training[0].alone <= target
+    assert site.held_out[0].alone <= evaluation
 
 
 @pytest.mark.parametrize("privacy", [replace(SPEC.privacy, rounds=200), SPEC.privacy, SGD, DISTRIBUTED])
 def test_a_path_leads_from_before_to_after_and_never_down(privacy):
     job = plan_job(replace(SPEC, privacy=privacy), declared_items=ITEMS, nonce="0")
-    account = forecast(job, standings={}).sites[0].training
+    (account,) = forecast(job, standings={}).sites[0].training
     places, epsilons = zip(*training_path(account, job), strict=True)
     assert (places[0], places[-1]) == (0, privacy.rounds + 1)
     assert (epsilons[0], epsilons[-1]) == (account.before, account.after)

@@ -205,7 +205,7 @@ def test_evaluation_reads_held_out_photos_and_charges_their_own_account(federati
         site.answer(federation.admission(job))
         photos.opened.clear()
         site.answer(federation.question(job, ask("evaluate")))
-    assert federation.charges(SITE)[-1].account.partition == "test"
+    assert federation.charges(SITE)[-1].partition == "test"
     held_out = {photo for photo in photos.opened if int(photo[:4]) % 4 >= 2}
     assert held_out == set(photos.opened)
 
@@ -431,7 +431,7 @@ def test_old_items_get_no_new_budget_under_a_new_name(federation, job, caplog):
     for text in (manifest.read_text(), "".join(manifest.read_text().splitlines(keepends=True)[:-1])):
         manifest.write_text(text)
         before = federation.ledger(SITE).read_bytes()
-        with federation.site(cohort="2027") as site:
+        with federation.site(cohorts={"2027": ("manifest.csv", DECLARED)}) as site:
             told = refusal_and_log(federation, site, federation.admission(federation.job(nonce="2")), caplog)
         assert told[0] == "ledger"
         assert "under account as" in told[2]
@@ -442,7 +442,7 @@ def test_without_its_members_file_a_ledger_opens_no_further_cohort(federation, j
     with federation.site() as site:
         site.answer(federation.admission(job))
     (federation.folder(SITE) / "members.json").unlink()
-    with federation.site(cohort="2027") as site:
+    with federation.site(cohorts={"2027": ("manifest.csv", DECLARED)}) as site:
         told = refusal_and_log(federation, site, federation.admission(federation.job(nonce="2")), caplog)
     assert told[0] == "ledger"
     assert "restore the file" in told[2]

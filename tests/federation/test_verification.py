@@ -189,14 +189,14 @@ def twice(kind):
 
 def to_the_wrong_account(body):
     if isinstance(body, Reserve):
-        yield replace(body, account=replace(body.account, partition="test"))
+        yield replace(body, accounts=tuple(replace(one, partition="test") for one in body.accounts))
     else:
         yield body
 
 
 def on_nobody_s_account(body):
     if isinstance(body, Reserve):
-        yield replace(body, account=replace(body.account, cohort="1999"))
+        yield replace(body, accounts=tuple(replace(one, cohort="1999") for one in body.accounts))
     else:
         yield body
 
@@ -227,7 +227,7 @@ def with_other_terms(body):
         (edited(PlanAccepted, mode="distributed"), "not the one that the entry describes"),
         (with_other_terms, "manifest_commitment differs from what the ledger has on record"),
         (to_the_wrong_account, "centre charges the wrong account"),
-        (on_nobody_s_account, "squares-recycler-a/1999, which was never put under account"),
+        (on_nobody_s_account, "charges cohort 1999, which was not admitted to the job"),
         (edited(Abort), "rolled back or forked"),
     ],
 )
@@ -417,7 +417,9 @@ def test_a_site_s_ledger_alone_proves_what_it_spent(whole, job):
     rho = job.plan.centre.rho + job.plan.rounds * job.plan.train.rho
     assert proof.job_epsilon(job.digest, partition="train") == zcdp_epsilon(rho, delta=job.plan.delta)
     assert proof.job_epsilon("0" * 64, partition="train") == 0.0
-    rising = [charge.epsilon_after for charge in proof.charges.values() if charge.reserve.purpose != "evaluate"]
+    (account,) = (account for account in proof.accounts if account.partition == "train")
+    rising = [charge.epsilon_after(account) for charge in proof.charges_to(account)]
+    assert len(rising) == 1 + job.plan.rounds
     assert rising == sorted(rising)
 
 

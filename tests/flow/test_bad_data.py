@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from clients.configure import LocalPhotos
-from clients.settings import LinkSettings, SiteFolder, SiteSettings
+from clients.settings import CohortSettings, LinkSettings, SiteFolder, SiteSettings
 from fedgrade.data.manifest import Split, read_manifest, write_manifest
 from fedgrade.errors import DataRefused
 from fedgrade.federation.messages import Admitted, Refusal
@@ -20,8 +20,9 @@ SITE = NAMES[0]
 def local_photos(federation, backbones="backbones"):
     """The partner's own reader of photos, with the real backbone behind it."""
     settings = SiteSettings(
-        site=SITE, key="key.pem", roster="roster.json", policy="policy.yaml", manifest="manifest.csv", photos="photos",
-        lineage="squares", cohort="2026", declared_items=8, photos_per_item=9,
+        site=SITE, key="key.pem", roster="roster.json", policy="policy.yaml", photos="photos",
+        lineage="squares", photos_per_item=9,
+        cohorts={"2026": CohortSettings(manifest="manifest.csv", declared_items=8)},
         ledger="ledger.jsonl", outbox="outbox", cache="cache",
         backbones=str(backbones), threads=1, device="cpu", socket="run/agent.sock",
         link=LinkSettings(address="127.0.0.1:0", root_certificate="ca.pem", node_key="node_key"),
@@ -182,7 +183,7 @@ def test_a_photo_that_changes_after_admission_does_not_enter_a_round_unnoticed(f
 def test_details_of_bad_data_never_leave(federation):
     photo_missing(federation)
     with pytest.raises(DataRefused) as home:
-        local_photos(federation).prepare(MODEL, read_manifest(manifest_of(federation)[0].read_bytes(), SCALE))
+        local_photos(federation).prepare(MODEL, manifest_of(federation)[1])
     with federation.site(photos=local_photos(federation)) as site:
         sent = site.answer(federation.admission(federation.job()))
     assert "0000-0.png" in str(home.value)

@@ -57,7 +57,7 @@ def test_a_partner_s_files_as_they_were_written_open(site_file):
     [
         ("site.yaml", "threads: ", "color: red\nthreads: ", "color: unknown key"),
         ("site.yaml", "site: recycler-a", "site: ../recycler", "a name is 1 to 63 of"),
-        ("site.yaml", "declared_items: 50", "declared_items: 0", "site.declared_items: 0 must be at least 1"),
+        ("site.yaml", "declared_items: 50", "declared_items: 0", "site.cohorts: declared_items 0 must be at least 1"),
         ("site.yaml", "declared_items: 50", "declared_items: many", "declared_items"),
         ("site.yaml", "device: auto", "device: tpu", "device"),
         ("site.yaml", "site: recycler-a", "site: recycler-b", "the roster names another key"),

@@ -1,14 +1,16 @@
+from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgrade.errors import BudgetExceeded, PlanRefused
+from fedgrade.errors import BudgetExceeded, DocumentRefused, PlanRefused
 from fedgrade.privacy.accounting import poisson_epsilon, zcdp_epsilon, zcdp_rho
-from fedgrade.privacy.budget import Ceiling, Spending, require_within, spending_by_account
+from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_within
 from fedgrade.trust.identity import SiteId
-from fedgrade.trust.records import Abort, AccountKey, Commit, DiscreteGaussian, PoissonGaussian, Reserve
+from fedgrade.trust.records import AccountKey, DiscreteGaussian, PoissonGaussian, Reserve
 
 DELTA = Fraction(1, 10**5)
 ACCOUNT = AccountKey(partner=SiteId("site-1"), lineage="panels", cohort="2026-06", partition="train")
@@ -24,13 +26,20 @@ accounts = st.builds(
 )
 
 
+def spending_by_account(entries):
+    spending = {}
+    for entry in entries:
+        charge_all(spending, entry)
+    return spending
+
+
 def reserve(mechanism, *, account=ACCOUNT, job="a", attempt=0):
     return Reserve(
         job=job,
         round_index=0,
         attempt=attempt,
         purpose="train",
-        account=account,
+        accounts=(account,),
         mechanism=mechanism,
         weights_digest="b" * 64,
         epsilon_limit=Fraction(8),
@@ -61,7 +70,7 @@ def test_spending_is_a_fold_so_that_a_restart_changes_nothing(entries, stop):
     at_once = spending_by_account(entries)
     before = spending_by_account(entries[:stop])
     for entry in entries[stop:]:
-        before[entry.account] = before.get(entry.account, Spending()).charged(entry.mechanism, job=entry.job)
+        charge_all(before, entry)
     assert before == at_once
 
 
@@ -93,15 +102,32 @@ def test_runs_and_models_share_one_account():
     assert epsilon == zcdp_epsilon(2 * one.rho, delta=DELTA) > zcdp_epsilon(one.rho, delta=DELTA)
 
 
-def test_a_retry_is_charged_again_and_an_abort_gives_nothing_back():
+def test_a_retry_is_charged_again():
     one = DiscreteGaussian(sensitivity=1, scale=10)
-    entries = [
-        reserve(one),
-        Abort(reserve=1, reason="ModelRefused"),
-        reserve(one, attempt=1),
-        Commit(reserve=3, job="a", round_index=0, attempt=1, purpose="train", message_digest="c" * 64),
-    ]
-    assert spending_by_account(entries)[ACCOUNT].rho == 2 * one.rho
+    assert spending_by_account([reserve(one), reserve(one, attempt=1)])[ACCOUNT].rho == 2 * one.rho
+
+
+def test_cohorts_compose_in_parallel_so_that_each_pays_the_whole_cost_and_no_item_pays_twice():
+    """Second method: by brute force, an item's exact loss is that of the releases its own cohort was in."""
+    one, later = DiscreteGaussian(sensitivity=1, scale=10), replace(ACCOUNT, cohort="2026-07")
+    both = replace(reserve(one), accounts=(ACCOUNT, later))
+    spending = spending_by_account([reserve(one), both, both])
+    releases = [{ACCOUNT.cohort}, {ACCOUNT.cohort, later.cohort}, {ACCOUNT.cohort, later.cohort}]
+    for account in (ACCOUNT, later):
+        times = sum(account.cohort in cohorts for cohorts in releases)
+        # The loss of N(0, s^2 I) between neighbours that differ in every release the item is in: ||1||^2 / 2 s^2.
+        shift = np.ones(times) / one.scale
+        assert spending[account].rho == times * one.rho == pytest.approx(float(shift @ shift) / 2)
+
+
+@pytest.mark.parametrize(
+    "accounts",
+    [(), (ACCOUNT, ACCOUNT), (ACCOUNT, replace(ACCOUNT, cohort="other", partition="test"))],
+    ids=["none", "one twice", "both sides"],
+)
+def test_a_charge_names_different_cohorts_of_one_side(accounts):
+    with pytest.raises(DocumentRefused, match="must be one side of one data lineage"):
+        replace(reserve(DiscreteGaussian(sensitivity=1, scale=10)), accounts=accounts)
 
 
 def test_nothing_spent_is_nothing():
@@ -158,7 +184,8 @@ def test_charging_until_refused_never_passes_the_ceiling(limit, scale):
     mechanism = DiscreteGaussian(sensitivity=1, scale=scale)
     allowed = zcdp_rho(limit, delta=DELTA) // mechanism.rho
     within = Spending(rho=mechanism.rho * allowed)
-    assert require_within(within, ceiling=ceiling, account=ACCOUNT) <= limit
+    require_within(within, ceiling=ceiling, account=ACCOUNT)
+    assert within.epsilon(delta=DELTA, composition="zcdp") <= limit
     with pytest.raises(BudgetExceeded):
         require_within(within.charged(mechanism, job="a").charged(mechanism, job="a"), ceiling=ceiling, account=ACCOUNT)
 

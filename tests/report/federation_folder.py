@@ -140,7 +140,9 @@ def play(story: Story, workshop: Workshop) -> TrainingJob:
     job = _job(story, workshop)
     envelope = seal(job, workshop.key).decode()
     for site in job.participants:
-        workshop.charging[site].accept(job, envelope=envelope)
+        charging, dataset = workshop.charging[site], workshop.datasets[site]
+        sides = tuple(charging.account(dataset, partition=partition) for partition in ("train", "test"))
+        charging.accept(job, envelope=envelope, accounts=sides)
     store = RunStore(workshop.folder / "jobs" / job.digest[:16])
     heads, contributions = _heads(job, workshop), dict.fromkeys(job.participants, 0)
     before = next(heads)
@@ -228,7 +230,7 @@ def _reserver(job: TrainingJob, site: SiteId, workshop: Workshop, *, weights: st
     def reserve(ask: Ask) -> object:
         return charging.reserve(
             ask,
-            account=charging.account(dataset, partition="test" if ask.purpose == "evaluate" else "train"),
+            accounts=(charging.account(dataset, partition="test" if ask.purpose == "evaluate" else "train"),),
             mechanism=job.plan.mechanism(ask.purpose),
             ceiling=ceiling,
             weights_digest=weights,

@@ -47,8 +47,7 @@ def furnish(federation, name, **settings):
         "policy": "policy.yaml",
         "ledger": "ledger.jsonl",
         "lineage": f"squares-{name}",
-        "cohort": "2026",
-        "declared_items": DECLARED,
+        "cohorts": {"2026": {"manifest": "manifest.csv", "declared_items": DECLARED}},
         **settings,
     }
     (federation.folder(name) / "site.yaml").write_text(yaml.safe_dump(written))
@@ -96,7 +95,7 @@ def test_every_epsilon_of_a_federation_is_the_forecast_s_rounded_up(trained):
     around = read_surroundings(trained.root)
     job = plan_job(compose_job(list(SMALL)), declared_items=around.declared_items, nonce=NONCE)
     for site in forecast(job, standings=around.standings).sites:
-        for cells, account in zip(rows(result.output, site.site), (site.training, site.held_out), strict=True):
+        for cells, account in zip(rows(result.output, site.site), (*site.training, *site.held_out), strict=True):
             expected = [printed(epsilon) for epsilon in (account.before, account.alone, account.after)]
             assert cells[2:6] == [*expected, "100.00"]
             assert float(cells[6]) <= account.left
@@ -147,7 +146,7 @@ def test_another_cohort_starts_with_nothing_spent(trained, tmp_path):
         target = copy.root / path.relative_to(trained.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    furnish(copy, NAMES[0], cohort="2027")
+    furnish(copy, NAMES[0], cohorts={"2027": {"manifest": "manifest.csv", "declared_items": DECLARED}})
     result = planned("--federation", copy.root, *SMALL)
     assert rows(result.output, NAMES[0])[0][2] == "0.00"
     assert rows(result.output, NAMES[1])[0][2] != "0.00"

@@ -237,8 +237,8 @@ class _Watched:
         self._photos = ProjectedPhotos(root=federation.folder(SITE) / "photos")
         self.charges = []
 
-    def prepare(self, model, manifest):
-        self._photos.prepare(model, manifest)
+    def prepare(self, model, photos):
+        self._photos.prepare(model, photos)
 
     def features(self, model, photos):
         self.charges.append(len(self._federation.charges(SITE)))
