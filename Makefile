@@ -23,7 +23,8 @@ demo: $(DEMO)  ## Five recyclers train one model on real photos, privately; ARGS
 
 # A file's tests share what their module sets up, so a file stays with one process; more than four only wait for memory.
 test: check browser  ## Everything that must hold: make check, then all tests but the slow ones, with coverage
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
 		--cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
 
 check: $(DEV)  ## Style, types and the order of imports
