@@ -13,16 +13,18 @@ import numpy.typing as npt
 
 from clients.settings import SiteFolder, read_own_file
 from fedgrade.data.assets import FeatureStore
-from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Photo
-from fedgrade.data.photos import PhotoLimits, verify_photos
+from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Photo, Split
+from fedgrade.data.photos import PhotoLimits, open_photo, verify_photos
 from fedgrade.errors import DocumentRefused
 from fedgrade.federation.charging import Charging
 from fedgrade.federation.holdings import CohortData, SiteData
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.policy import Policy
 from fedgrade.federation.site import Site, SiteIdentity
-from fedgrade.model.backbones import Device, OnnxExtractor, TorchExtractor, extractor
-from fedgrade.model.spec import ModelSpec
+from fedgrade.model.backbones import Compute, OnnxExtractor, TorchExtractor, extractor
+from fedgrade.model.preprocessing import prepare
+from fedgrade.model.spec import ModelSpec, View
+from fedgrade.model.views import ViewedExtractor
 from fedgrade.trust.canonical import decode_yaml
 from fedgrade.trust.identity import SigningKey, read_roster
 
@@ -76,32 +78,47 @@ class LocalPhotos:
     limits: PhotoLimits = field(default_factory=PhotoLimits)
 
     def prepare(self, model: ModelSpec, photos: Sequence[Photo]) -> None:
-        """Check every photo, and cache the features of those that are new."""
+        """Check every photo, and cache the features of those that are new, in every view that training looks at."""
         verify_photos(photos, self.site.path(self.site.settings.photos), self.limits)
-        self.features(model, photos)
+        training = [photo for photo in photos if photo.split is Split.TRAIN]
+        upright, *turned = model.views
+        self.features(model, photos, upright)
+        for view in turned if model.on_features else ():
+            self.features(model, training, view)
 
-    def features(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
-        """Features [photos, dimensions]; extracted where the cache has none."""
+    @property
+    def compute(self) -> Compute:
+        """What the partner gives to networks."""
+        return Compute(device=self.site.settings.device, threads=self.site.settings.threads)
+
+    def features(self, model: ModelSpec, photos: Sequence[Photo], view: View) -> npt.NDArray[np.float32]:
+        """Features [photos, dimensions] as ``view`` shows the photos; extracted where the cache has none."""
         settings = self.site.settings
         folder = self.site.path(settings.cache)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        frozen = _extractor(model.frozen, self.site.path(settings.backbones), self.compute)
         store = FeatureStore(
             root=self.site.path(settings.photos),
             cache=folder,
-            extractor=_extractor(model, self.site.path(settings.backbones), settings.device, settings.threads),
+            extractor=ViewedExtractor(extractor=frozen, view=view),
             limits=self.limits,
         )
         return store.features(photos, progress=_log_progress)
 
+    def inputs(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
+        """Network inputs [photos, 3, input, input] of upright photos, read from the disk each time."""
+        root = self.site.path(self.site.settings.photos)
+        return np.stack([prepare(open_photo(root, photo, self.limits), model.input_size) for photo in photos])
+
 
 @cache
-def _extractor(model: ModelSpec, folder: Path, device: Device, threads: int) -> OnnxExtractor | TorchExtractor:
+def _extractor(model: ModelSpec, folder: Path, compute: Compute) -> OnnxExtractor | TorchExtractor:
     """One extractor a model and process; sites that share ``folder`` wait for the first to export into it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "export.lock").open("wb") as lock:
         # torch's exporter is neither quick nor safe in two threads at once.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return extractor(model, cache=folder, device=device, threads=threads)
+        return extractor(model, cache=folder, device=compute.device, threads=compute.threads)
 
 
 def _log_progress(done: int, total: int) -> None:

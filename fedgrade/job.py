@@ -61,6 +61,11 @@ class JobSpec:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise JobRefused(f"name: {self.name[:80]!r} must be 1 to 63 of a-z, 0-9, '.', '_' and '-'")
+        if self.model.trainable != "head" and self.privacy.mode != "local_sgd":
+            raise JobRefused(
+                f"model.trainable: {self.model.trainable!r} needs privacy.mode 'local_sgd'; privacy.mode "
+                f"{self.privacy.mode!r} trains the head alone, whose full-batch gradients are exact"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,12 @@ class TrainingJob:
     def head_shape(self) -> tuple[int, int]:
         """Shape of the head's weights: thresholds between grades, by features and one bias."""
         return self.spec.grading.grades - 1, self.spec.model.feature_dimensions + 1
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained: the head's thresholds, then those of the adapter or network, if any."""
+        thresholds, inputs = self.head_shape()
+        return thresholds * inputs + self.spec.model.network_parameters
 
 
 def plan_job(spec: JobSpec, *, declared_items: dict[SiteId, int], nonce: str) -> TrainingJob:

@@ -1,63 +1,53 @@
-"""Gradients of single items, clipped: the head's private training. The one file that knows Opacus.
+"""Gradients of single items, clipped: private training. The one file that knows Opacus.
 
-The unit is the item: its photos' losses are averaged before its gradient is clipped. Two recipes:
-:func:`clipped_gradient_sum` for the full-batch modes (closed form, exact integer grid, noise added by the caller), and
-:func:`train_by_sgd` for ``local_sgd`` (DP-SGD, Abadi et al. 2016, arXiv 1607.00133), where an item's photos are one
-sample to Opacus, so that its per-sample gradient *is* the item's mean gradient.
+The unit is the item: its photos' and views' gradients are averaged before they are clipped. Two recipes:
+:func:`clipped_gradient_sum` for the full-batch modes (the head's closed form, exact integer grid, noise added by the
+caller), and :func:`train_by_sgd` for ``local_sgd`` (DP-SGD, Abadi et al. 2016, arXiv 1607.00133) of any module.
+
+Opacus is used by its parts, never by ``make_private``: its modules give gradients or norms a sample, its optimizers
+clip, add up and step. Sampling, noise, the number of steps and the batch size that updates are scaled by come from the
+plan, and nothing of Opacus outlives a round.
 """
 
+import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
+from opacus.grad_sample import (
+    GradSampleModule,
+    GradSampleModuleFastGradientClipping,
+    register_grad_sampler,
+    register_norm_sampler,
+)
+from opacus.grad_sample.linear import compute_linear_grad_sample
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.validators import ModuleValidator
+from torch import nn
 from torch.nn import functional
 
 from fedgrade.errors import ModelRefused
+from fedgrade.items import ItemBatch, ItemPhotos
+from fedgrade.model.backbones import torch_device, torch_threads
+from fedgrade.model.head import scores
+from fedgrade.model.networks import ChannelAffine, PhotoLinear, learning_parameters
 from fedgrade.privacy.grid import grid_rows
 from fedgrade.privacy.noise import floating_gaussian, poisson_sample
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 _CHUNK_ITEMS = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItemBatch:
-    """Items ready for the head: sensitive, so passed and never stored or sent.
-
-    Attributes:
-        inputs: [items, photos, features] of the head, zero-padded to the item with most photos.
-        photo_weights: [items, photos], 1/photos of the item for a photo and 0 for padding.
-        grades: [items], positions on the scale.
-    """
-
-    inputs: FloatArray
-    photo_weights: FloatArray
-    grades: IntArray
-
-    def __post_init__(self) -> None:
-        items, photos, _ = self.inputs.shape
-        if self.photo_weights.shape != (items, photos) or self.grades.shape != (items,):
-            raise ModelRefused("item batch: inputs, photo weights and grades are not of the same items")
-
-    def __repr__(self) -> str:
-        return "ItemBatch(<sensitive>)"
-
-    def take(self, chosen: npt.NDArray[np.bool_] | slice) -> "ItemBatch":
-        """The chosen items alone."""
-        return ItemBatch(
-            inputs=self.inputs[chosen], photo_weights=self.photo_weights[chosen], grades=self.grades[chosen]
-        )
-
-    def __len__(self) -> int:
-        return len(self.grades)
+# Bounds of memory, none of privacy: the sum is the same wherever batches are cut.
+_GHOST_ITEMS = 1024
+_HOOK_BYTES = 2**28
+_WIDE_BYTES = 8  # of a number in double precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,28 +82,37 @@ def clipped_gradient_sum(
     return total
 
 
-def train_by_sgd(thresholds: FloatArray, batch: ItemBatch, recipe: SgdRecipe) -> FloatArray:
-    """The change of ``thresholds`` [grades - 1, features] after the recipe's Poisson-sampled DP-SGD steps (Opacus).
+def train_by_sgd(module: nn.Module, items: ItemBatch | ItemPhotos, recipe: SgdRecipe) -> FloatArray:
+    """The change [parameters] of what learns of ``module`` after the recipe's Poisson-sampled DP-SGD steps (Opacus).
 
     Every item joins each step independently with the mechanism's sampling rate; an empty batch is a step like any
     other. Batches and noise are drawn from the operating system; the noise is in floating point: reports say so.
+    ``module`` is a fresh one, which a round uses up; parameters stand in its own order.
+
+    Raises:
+        ModelRefused: Opacus cannot train ``module`` privately, or a statistic in it changed on the way.
     """
-    module = _per_item_head(thresholds)
-    optimizer = _PrivateOptimizer(
-        torch.optim.SGD(module.parameters(), lr=recipe.learning_rate),
-        noise_multiplier=float(recipe.mechanism.noise_multiplier),
-        max_grad_norm=recipe.max_grad_norm,
-        expected_batch_size=max(1, round(recipe.declared_items * recipe.mechanism.sampling_rate)),
-        loss_reduction="mean",
-    )
-    for _ in range(recipe.mechanism.steps):
-        chosen = poisson_sample(len(batch), rate=float(recipe.mechanism.sampling_rate))
-        optimizer.zero_grad()
-        _backward(module, batch.take(chosen))
-        optimizer.step()
-    trained = _weight(module).detach().numpy().astype(np.float64)
-    module.remove_hooks()
-    return np.asarray(trained - thresholds, dtype=np.float64)
+    if errors := ModuleValidator.validate(module.train(), strict=False):
+        raise ModelRefused(f"model: cannot be trained privately: {errors[0]}")
+    before, frozen = _flat(module), _buffers(module)
+    steps = _steps(module, items, recipe)
+    with torch_threads(items.compute.threads) if isinstance(items, ItemPhotos) else nullcontext():
+        for _ in range(recipe.mechanism.steps):
+            steps.step(poisson_sample(len(items), rate=float(recipe.mechanism.sampling_rate)))
+    steps.close()
+    if _buffers(module) != frozen:
+        raise ModelRefused("model: statistics of the frozen network changed in training; nothing of it is sent")
+    return np.asarray(_flat(module) - before, dtype=np.float64)
+
+
+def _steps(module: nn.Module, items: ItemBatch | ItemPhotos, recipe: SgdRecipe) -> "_GhostSteps | _HookedSteps":
+    match items:
+        case ItemBatch():
+            return _GhostSteps(module, items, recipe)
+        case ItemPhotos():
+            return _HookedSteps(module, items, recipe)
+        case _:
+            assert_never(items)
 
 
 def _gradient_rows(thresholds: FloatArray, batch: ItemBatch) -> Iterator[FloatArray]:
@@ -125,10 +124,10 @@ def _gradient_rows(thresholds: FloatArray, batch: ItemBatch) -> Iterator[FloatAr
 def _item_gradients(thresholds: FloatArray, batch: ItemBatch) -> FloatArray:
     """Mean gradients [items, (grades - 1) * features] of the items: (sigmoid(W_k . x) - t) x over their photos.
 
-    Guarantee: a row depends on its own item alone, to the last bit, wherever it stands and however far it is padded.
-    A matrix product's last bits depend on who else is in it, so that one item more could move every other row across a
-    border of the grid, beyond the sensitivity (Casacuberta et al. 2022, arXiv 2207.10635). Here sums run along one
-    photo's features, or photo after photo. A row that overflows is not finite; the grid drops it.
+    Guarantee: a row depends on its own item alone, to the last bit, wherever it stands and however far it is padded:
+    sums run along one photo's features (:func:`fedgrade.model.head.scores`), or photo after photo. Else one item more
+    could move every other row across a border of the grid, beyond the sensitivity. A row that overflows is not finite;
+    the grid drops it.
     """
     items, photos, features = batch.inputs.shape
     above = batch.grades[:, None] > np.arange(len(thresholds))
@@ -136,54 +135,214 @@ def _item_gradients(thresholds: FloatArray, batch: ItemBatch) -> FloatArray:
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for photo in range(photos):
             inputs = np.ascontiguousarray(batch.inputs[:, photo])
-            scores = np.stack([(inputs * threshold).sum(axis=1) for threshold in thresholds], axis=1)
             # tanh saturates instead of overflowing.
-            residuals = 0.5 * (1.0 + np.tanh(0.5 * scores)) - above
+            residuals = 0.5 * (1.0 + np.tanh(0.5 * scores(thresholds, inputs))) - above
             rows += (residuals * batch.photo_weights[:, photo, None])[:, :, None] * inputs[:, None, :]
     return np.asarray(rows.reshape(items, -1), dtype=np.float64)
 
 
-def _per_item_head(thresholds: FloatArray) -> GradSampleModule:
-    """A fresh linear head under Opacus' hooks; a module is never wrapped twice."""
-    outputs, inputs = thresholds.shape
-    head = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.float64)
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(thresholds))
-    return GradSampleModule(head, batch_first=True, loss_reduction="sum")
+def _affine_gradients(
+    layer: ChannelAffine, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Gradients [photos, channels] of scale and shift."""
+    return {
+        layer.weight: torch.einsum("nchw,nchw->nc", activations[0], backprops),
+        layer.bias: torch.einsum("nchw->nc", backprops),
+    }
 
 
-def _backward(module: GradSampleModule, batch: ItemBatch) -> None:
-    """Leave each item's mean gradient in ``grad_sample``; an item whose gradient is not finite counts as zero."""
-    weight = _weight(module)
-    if len(batch) == 0:
-        # Opacus takes the batch size from the gradients; an empty batch has noise alone, and still counts.
-        weight.grad_sample = torch.zeros((0, *weight.shape), dtype=weight.dtype)
-        return
-    # Opacus' hooks warn unless the inputs ask for a gradient too; it is not used.
-    inputs = torch.from_numpy(batch.inputs).requires_grad_()
-    scores = module(inputs)  # [items, photos, grades - 1]
-    ranks = torch.arange(scores.shape[-1])
-    exceeds = (torch.from_numpy(batch.grades)[:, None] > ranks).to(scores.dtype)
-    losses = functional.binary_cross_entropy_with_logits(
-        scores, exceeds[:, None, :].expand_as(scores), reduction="none"
-    ).sum(dim=-1)
-    torch.autograd.backward((losses * torch.from_numpy(batch.photo_weights)).sum())
-    finite = torch.isfinite(weight.grad_sample).flatten(1).all(dim=1)
-    weight.grad_sample = torch.where(finite[:, None, None], weight.grad_sample, 0.0)
+def _linear_norms(
+    layer: PhotoLinear, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Upper bounds [items] of the norms of items' gradients, from inner products of their photos.
+
+    Opacus' own norm is this one without the second term, which is what rounding can hide: where large gradients of an
+    item's photos cancel, the square root of a difference of inner products may come out as nothing at all.
+    """
+    inputs, (_, photos, _) = activations[0], backprops.shape
+    squares = torch.einsum("nik,njk->nij", backprops, backprops) * torch.einsum("nik,njk->nij", inputs, inputs)
+    longest = (backprops.norm(dim=2) * inputs.norm(dim=2)).sum(dim=1)
+    hidden = torch.finfo(inputs.dtype).eps * (inputs.shape[2] + backprops.shape[2] + photos**2)
+    return {layer.weight: torch.sqrt(squares.sum(dim=(1, 2)).clamp(min=0) + hidden * longest.square())}
 
 
-def _weight(module: GradSampleModule) -> Any:
-    """The head's one parameter; Opacus hangs an untyped ``grad_sample`` [items, ...] on it."""
-    (parameter,) = module.parameters()
-    return parameter
+register_grad_sampler(PhotoLinear)(compute_linear_grad_sample)
+register_norm_sampler(PhotoLinear)(_linear_norms)
+register_grad_sampler(ChannelAffine)(_affine_gradients)
 
 
-class _PrivateOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus publishes no types
-    """Opacus' clipping and scaling with the operating system's noise: Opacus' own has 32 bits of seed (torch's)."""
+class _GhostSteps:
+    """DP-SGD steps of linear layers on features: norms without gradients, then one weighted backward pass.
+
+    Li et al. (2022), "ghost clipping", https://arxiv.org/abs/2110.05679. An item is one sample to Opacus and its photos
+    a sequence, so that what is clipped is the item's own mean gradient.
+    """
+
+    def __init__(self, module: nn.Module, items: ItemBatch, recipe: SgdRecipe) -> None:
+        self._items = items
+        self._module = GradSampleModuleFastGradientClipping(
+            module, batch_first=True, loss_reduction="sum", max_grad_norm=recipe.max_grad_norm
+        )
+        self._optimizer = _GhostOptimizer(**_settings(module, recipe))
+
+    def step(self, chosen: BoolArray) -> None:
+        """One step with the ``chosen`` items, in pieces that bound the memory; with none it is one of noise alone."""
+        batch = self._items.take(chosen)
+        self._optimizer.zero_grad()
+        for start in range(0, len(batch), _GHOST_ITEMS):
+            self._add(batch.take(slice(start, start + _GHOST_ITEMS)))
+        for parameter in self._optimizer.params:
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+
+    def close(self) -> None:
+        """Leave the module as an ordinary one."""
+        self._module.remove_hooks()
+
+    def _add(self, batch: ItemBatch) -> None:
+        """Add the clipped gradients of ``batch`` to the step's sum."""
+        if not len(batch):
+            return
+        losses = _ordinal_losses(self._scores(batch), batch.grades) * torch.from_numpy(batch.photo_weights)
+        per_item = losses.sum(dim=1)
+        torch.autograd.backward(per_item.sum(), retain_graph=True)
+        finite = torch.isfinite(self._module.get_norm_sample())
+        for parameter in self._optimizer.params:
+            parameter.grad = None
+        if not finite.all():
+            # An item whose gradient is not finite counts as zero. Its weight alone could be zero, but zero times
+            # infinity is not: it must not be in the sum at all.
+            self._add(batch.take(finite.numpy()))
+            return
+        weights = self._module.get_clipping_coef()
+        self._module.disable_hooks()
+        torch.autograd.backward((weights * per_item).sum())
+        self._module.enable_hooks()
+        self._optimizer.accumulate()
+
+    def _scores(self, batch: ItemBatch) -> torch.Tensor:
+        # Opacus' hooks warn unless the inputs ask for a gradient too; it is not used.
+        scores: torch.Tensor = self._module(torch.from_numpy(batch.inputs).requires_grad_())
+        return scores
+
+
+class _HookedSteps:
+    """DP-SGD steps of layers on photos: a gradient a photo by Opacus' hooks, averaged over each item, then clipped."""
+
+    def __init__(self, module: nn.Module, items: ItemPhotos, recipe: SgdRecipe) -> None:
+        self._items = items
+        self._device = torch_device(items.compute.device)
+        self._module = GradSampleModule(module.to(self._device), batch_first=True, loss_reduction="sum")
+        self._optimizer = _HookedOptimizer(**_settings(module, recipe))
+        numbers = sum(parameter.numel() for parameter in self._optimizer.params)
+        self._items_at_once = max(1, _HOOK_BYTES // (_WIDE_BYTES * numbers))
+
+    def step(self, chosen: BoolArray) -> None:
+        """One step with the ``chosen`` items, in pieces that bound the memory; with none it is one of noise alone."""
+        photos = self._items.take(chosen)
+        self._optimizer.zero_grad()
+        for start in range(0, len(photos), self._items_at_once):
+            self._add(photos.take(slice(start, start + self._items_at_once)))
+        # The step itself is always that of an empty batch: it adds nothing but noise to what has been summed up.
+        for parameter in self._optimizer.params:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+        self._optimizer.step()
+
+    def close(self) -> None:
+        """Leave the module as an ordinary one, on the CPU."""
+        self._module.remove_hooks()
+        self._module.to("cpu")
+
+    def _add(self, photos: ItemPhotos) -> None:
+        """Add the clipped gradients of the items to the step's sum."""
+        for parameter, rows in zip(self._optimizer.params, self._item_gradients(photos), strict=True):
+            parameter.grad_sample = rows
+        _drop_items_that_are_not_finite(self._optimizer.params)
+        self._optimizer.clip_and_accumulate()
+        for parameter in self._optimizer.params:
+            parameter.grad_sample = None
+
+    def _item_gradients(self, photos: ItemPhotos) -> list[torch.Tensor]:
+        """Each parameter's mean gradients [items, ...] over photos and views, in double precision.
+
+        The norm of millions of numbers is not to be trusted to single precision; the clip rests on it.
+        """
+        parameters, items = self._optimizer.params, len(photos)
+        rows = [parameter.new_zeros((items, *parameter.shape), dtype=torch.float64) for parameter in parameters]
+        for inputs, item_index, weights in photos.pieces():
+            # Opacus' hooks warn unless the inputs ask for a gradient too; it is not used.
+            scores = self._module(torch.from_numpy(inputs).to(self._device).requires_grad_())
+            losses = _ordinal_losses(scores, photos.grades[item_index])
+            torch.autograd.backward((losses * torch.from_numpy(weights).to(losses)).sum())
+            position = torch.from_numpy(item_index).to(self._device)
+            for parameter, row in zip(parameters, rows, strict=True):
+                row.index_add_(0, position, parameter.grad_sample.double())
+                parameter.grad_sample = parameter.grad = None
+        return rows
+
+
+def _ordinal_losses(scores: torch.Tensor, grades: IntArray) -> torch.Tensor:
+    """Losses [...] of ``scores`` [..., grades - 1] for items of ``grades`` along the first axis."""
+    exceeds = torch.from_numpy(grades[:, None] > np.arange(scores.shape[-1])).to(scores)
+    while exceeds.ndim < scores.ndim:
+        exceeds = exceeds[:, None]
+    return functional.binary_cross_entropy_with_logits(scores, exceeds.expand_as(scores), reduction="none").sum(dim=-1)
+
+
+def _drop_items_that_are_not_finite(parameters: list[Any]) -> None:
+    """Items whose gradient is not finite count as zero: one of them must not be able to poison the sum."""
+    finite = torch.stack([torch.isfinite(entry.grad_sample).flatten(1).all(dim=1) for entry in parameters]).all(dim=0)
+    for parameter in parameters:
+        parameter.grad_sample[~finite] = 0.0
+
+
+def _settings(module: nn.Module, recipe: SgdRecipe) -> dict[str, Any]:
+    """What both of Opacus' optimizers are given."""
+    return {
+        "optimizer": torch.optim.SGD(learning_parameters(module), lr=recipe.learning_rate),
+        "noise_multiplier": float(recipe.mechanism.noise_multiplier),
+        "max_grad_norm": recipe.max_grad_norm,
+        "expected_batch_size": max(1, round(recipe.declared_items * recipe.mechanism.sampling_rate)),
+        "loss_reduction": "mean",
+    }
+
+
+def _add_noise(optimizer: DPOptimizer) -> None:
+    """Leave the noisy sum of clipped gradients in each parameter's ``grad``.
+
+    The noise is the operating system's: Opacus' own has 32 bits of seed (torch's).
+    """
+    scale = optimizer.noise_multiplier * optimizer.max_grad_norm
+    for parameter in optimizer.params:
+        noise = torch.from_numpy(floating_gaussian(parameter.numel(), scale=scale))
+        parameter.grad = parameter.summed_grad + noise.to(parameter).view_as(parameter)
+
+
+class _HookedOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus publishes no types
+    """Opacus' clipping of materialised gradients, with the operating system's noise."""
 
     def add_noise(self) -> None:
-        """Leave the noisy sum of clipped gradients in each parameter's ``grad``."""
-        scale = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            noise = torch.from_numpy(floating_gaussian(parameter.numel(), scale=scale))
-            parameter.grad = parameter.summed_grad + noise.to(parameter.dtype).view_as(parameter)
+        """See :func:`_add_noise`."""
+        _add_noise(self)
+
+
+class _GhostOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] # Opacus publishes no types
+    """Opacus' sum of weighted gradients, with the operating system's noise."""
+
+    def add_noise(self) -> None:
+        """See :func:`_add_noise`."""
+        _add_noise(self)
+
+
+def _flat(module: nn.Module) -> FloatArray:
+    """What learns of ``module``, as one vector."""
+    parts = [parameter.detach().cpu().numpy().ravel() for parameter in learning_parameters(module)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _buffers(module: nn.Module) -> dict[str, str]:
+    """SHA-256 of everything in ``module`` that is no parameter: statistics that must stay public."""
+    return {
+        name.removeprefix("_module."): hashlib.sha256(buffer.cpu().numpy().tobytes()).hexdigest()
+        for name, buffer in module.named_buffers()
+    }

@@ -77,6 +77,8 @@ OTHERWISE = {
     "model.input_size": 256,
     "model.pooling": ("maximum", "average"),
     "model.weights_digest": "0" * 64,
+    "model.adapter_rank": 8,
+    "model.views": ("upright", "rotate_180"),
     "grading.name": "four",
     "grading.labels": ("A", "B", "D"),
     "grading.critical": ("B", "C"),
@@ -92,8 +94,8 @@ OTHERWISE = {
     "aggregation.average_last": 0.6,
     "aggregation.minimum_sites": 1,
 }
-# Each has one value as yet: the only backbone; the kind of spec it is.
-ONE_VALUE = {"model.backbone", "privacy.mode"}
+# Each goes with others: a backbone with its weights, what is trained with the mode.
+ONE_VALUE = {"model.backbone", "model.trainable", "privacy.mode"}
 
 
 def test_every_field_of_a_spec_is_known_to_these_tests():

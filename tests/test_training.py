@@ -6,20 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from opacus import GradSampleModule
 from torch.nn import functional
 
 from fedgrade.errors import ModelRefused
+from fedgrade.items import ItemBatch
 from fedgrade.model.head import head_inputs, item_mean, ordinal_gradient
+from fedgrade.model.networks import PhotoLinear
 from fedgrade.privacy.plan import exact
-from fedgrade.training import (
-    ItemBatch,
-    SgdRecipe,
-    _backward,
-    _gradient_rows,
-    _per_item_head,
-    clipped_gradient_sum,
-    train_by_sgd,
-)
+from fedgrade.training import SgdRecipe, _gradient_rows, clipped_gradient_sum, train_by_sgd
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 GRID = 2**20
@@ -67,6 +62,21 @@ def autograd_row(thresholds, rows, grade):
     return gradient.numpy().ravel()
 
 
+def opacus_rows(thresholds, batch):
+    """Gradients [items, ...] by Opacus' own hooks, which training does without."""
+    module = GradSampleModule(PhotoLinear(thresholds), batch_first=True, loss_reduction="sum")
+    scores = module(torch.from_numpy(batch.inputs).requires_grad_())
+    above = torch.from_numpy(batch.grades[:, None] > np.arange(len(thresholds))).to(scores)[:, None].expand_as(scores)
+    losses = functional.binary_cross_entropy_with_logits(scores, above, reduction="none").sum(dim=2)
+    (losses * torch.from_numpy(batch.photo_weights)).sum().backward()
+    return next(module.parameters()).grad_sample.reshape(len(batch), -1).numpy()
+
+
+def trained(thresholds, batch, recipe):
+    """The change of a head's thresholds."""
+    return train_by_sgd(PhotoLinear(thresholds), batch, recipe).reshape(thresholds.shape)
+
+
 def clipped_by_hand(row, max_grad_norm):
     return row * min(1.0, max_grad_norm / np.linalg.norm(row))
 
@@ -106,9 +116,7 @@ def test_the_sum_is_autograds_one_item_at_a_time():
 def test_the_sum_is_that_of_opacus_per_sample_gradients():
     """The full-batch sum is a closed form; Opacus, which trains in mode local_sgd, is the second opinion on it."""
     thresholds, _, batch = problem(30, seed=8)
-    module = _per_item_head(thresholds)
-    _backward(module, batch)
-    rows = next(iter(module.parameters())).grad_sample.reshape(len(batch), -1).numpy()
+    rows = opacus_rows(thresholds, batch)
     found = clipped_sum(thresholds, batch, max_grad_norm=0.5)
     assert np.abs(found - sum(on_the_grid(row, 0.5) for row in rows)).max() <= 1
 
@@ -189,7 +197,7 @@ def test_the_weights_that_came_in_are_not_changed():
     thresholds, _, batch = problem(5)
     before = thresholds.copy()
     clipped_sum(thresholds, batch)
-    train_by_sgd(thresholds, batch, recipe())
+    trained(thresholds, batch, recipe())
     np.testing.assert_array_equal(thresholds, before)
 
 
@@ -222,7 +230,7 @@ def test_empty_batches_are_steps_of_noise_alone_and_of_the_promised_size(declare
     # Five items, nine steps, one in a million: some item is ever drawn in one of 20,000 runs, and then it is lost
     # in the noise.
     alone = recipe(rate=1e-6, noise=50.0, steps=9, learning_rate=0.5, declared_items=declared_items)
-    update = train_by_sgd(np.zeros((GRADES - 1, 2000)), batch, alone)
+    update = trained(np.zeros((GRADES - 1, 2000)), batch, alone)
     deviation = 0.5 * 50.0 * 0.3 * np.sqrt(9) / expected_batch
     draws = update.ravel() / deviation
     assert abs(draws.mean()) <= FIVE_DEVIATIONS / np.sqrt(draws.size)
@@ -231,7 +239,7 @@ def test_empty_batches_are_steps_of_noise_alone_and_of_the_promised_size(declare
 
 def test_a_batch_without_any_item_to_draw_from_is_stepped_too():
     empty = ItemBatch(inputs=np.zeros((0, 1, 900)), photo_weights=np.zeros((0, 1)), grades=np.zeros(0, dtype=np.int64))
-    update = train_by_sgd(np.zeros((1, 900)), empty, recipe(rate=0.5, noise=2.0, steps=4, declared_items=2))
+    update = trained(np.zeros((1, 900)), empty, recipe(rate=0.5, noise=2.0, steps=4, declared_items=2))
     assert abs(update.std() / (0.5 * 2.0 * 0.3 * 2) - 1) <= FIVE_DEVIATIONS / np.sqrt(2 * 900)
 
 
@@ -242,7 +250,7 @@ def test_no_seed_can_reproduce_an_update():
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 - the old global generator is exactly what must not matter
         torch.manual_seed(0)
-        return train_by_sgd(thresholds, batch, chosen)
+        return trained(thresholds, batch, chosen)
 
     assert not np.array_equal(update(recipe()), update(recipe()))
     # Without noise to speak of, two runs differ by their batches alone.
@@ -252,7 +260,7 @@ def test_no_seed_can_reproduce_an_update():
 
 def test_without_noise_and_sampling_it_is_plain_clipped_descent():
     thresholds, photos, batch = problem(20, seed=5)
-    update = train_by_sgd(thresholds, batch, recipe(noise=1e-12, steps=6))
+    update = trained(thresholds, batch, recipe(noise=1e-12, steps=6))
     weights = thresholds.copy()
     for _ in range(6):
         rows = [clipped_by_hand(row, 0.3) for row in closed_form_rows(weights, photos, batch.grades)]
@@ -265,7 +273,7 @@ def test_without_noise_and_sampling_it_is_plain_clipped_descent():
 def test_steps_are_scaled_by_what_was_declared_not_by_what_is_there():
     thresholds, _, batch = problem(20, seed=6)
     one, other = (
-        train_by_sgd(thresholds, batch, recipe(noise=1e-12, steps=1, declared_items=declared)) for declared in (20, 40)
+        trained(thresholds, batch, recipe(noise=1e-12, steps=1, declared_items=declared)) for declared in (20, 40)
     )
     np.testing.assert_allclose(one, 2 * other, atol=1e-9)
 
@@ -277,14 +285,14 @@ def test_an_item_that_is_not_finite_adds_nothing_to_an_update(poison):
     spoilt[0][0, 0] = poison
     rest = padded(photos[1:], batch.grades[1:])
     noiseless = recipe(noise=1e-12, steps=4)
-    found = train_by_sgd(thresholds, padded(spoilt, batch.grades), noiseless)
-    np.testing.assert_allclose(found, train_by_sgd(thresholds, rest, noiseless), atol=1e-9)
+    found = trained(thresholds, padded(spoilt, batch.grades), noiseless)
+    np.testing.assert_allclose(found, trained(thresholds, rest, noiseless), atol=1e-9)
 
 
 def test_a_huge_item_moves_a_step_no_further_than_the_clip():
     thresholds, photos, batch = problem(3, seed=8, most=1)
     huge = padded([1e200 * rows for rows in photos], batch.grades)
-    update = train_by_sgd(thresholds, huge, recipe(noise=1e-12, steps=1, declared_items=3))
+    update = trained(thresholds, huge, recipe(noise=1e-12, steps=1, declared_items=3))
     assert np.isfinite(update).all()
     assert np.linalg.norm(update) <= 0.5 * 0.3 * (1 + 1e-6)
 
@@ -292,7 +300,7 @@ def test_a_huge_item_moves_a_step_no_further_than_the_clip():
 def test_every_item_joins_a_step_on_its_own_at_the_sampling_rate():
     items, rate, runs = 400, 0.3, 25
     batch, tiny = one_hot_items(items), recipe(rate=rate, noise=1e-9, steps=1, declared_items=items)
-    joined = np.array([train_by_sgd(np.zeros((1, items)), batch, tiny)[0] < -1e-6 for _ in range(runs)])
+    joined = np.array([trained(np.zeros((1, items)), batch, tiny)[0] < -1e-6 for _ in range(runs)])
     deviations = (joined.sum() - items * runs * rate) / np.sqrt(items * runs * rate * (1 - rate))
     assert abs(deviations) <= FIVE_DEVIATIONS
     # Poisson, not batches of one size: their variance is the binomial one (24 degrees of freedom; by chance < 1e-9).

@@ -43,7 +43,7 @@ class AggregationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
-    """The coordinator's side of training between two rounds. Arrays share one shape."""
+    """The coordinator's side of training between two rounds. Arrays are [parameters] of the job, in its order."""
 
     weights: FloatArray
     velocity: FloatArray

@@ -17,13 +17,13 @@ from fedgrade.errors import JobRefused
 from fedgrade.federation.payloads import Head, read_release
 from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.grading import GradeScale
+from fedgrade.items import ItemBatch
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, MIN_INPUT_SIZE, ModelSpec
 from fedgrade.privacy.accounting import zcdp_epsilon
 from fedgrade.privacy.audit import AuditClaim, AuditReport, CanaryScores, audit
 from fedgrade.privacy.noise import poisson_sample
 from fedgrade.privacy.plan import LocalSpec
-from fedgrade.training import ItemBatch
 from fedgrade.trust.identity import SiteId, site_id
 from fedgrade.trust.records import DiscreteGaussian
 

@@ -1,7 +1,7 @@
 """Grading photos with a released model, after the release has been verified and not before."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +12,14 @@ import numpy.typing as npt
 from fedgrade.data.manifest import Photo, Provenance, Split
 from fedgrade.data.photos import PhotoLimits, digest_file, open_photo
 from fedgrade.errors import DataRefused
+from fedgrade.federation.payloads import Head
 from fedgrade.federation.release import open_release
 from fedgrade.grading import decide, expected_costs
-from fedgrade.model.backbones import extractor
-from fedgrade.model.head import grade_probabilities, head_inputs
+from fedgrade.model.adapter import graded_inputs
+from fedgrade.model.backbones import Compute, extractor
+from fedgrade.model.head import grade_probabilities
+from fedgrade.model.preprocessing import FeatureArray, prepare
+from fedgrade.model.spec import ModelSpec
 from fedgrade.trust.identity import Roster
 
 _NEUTRAL = "photo"
@@ -45,13 +49,13 @@ def grade_photos(photos: Sequence[Path], *, release: Path, roster: Roster, cache
     opened = open_release(release, signed_by=roster.coordinator)
     scale = opened.release.job.spec.grading
     cache.mkdir(parents=True, exist_ok=True)
-    backbone = extractor(opened.release.job.spec.model, cache=cache, device="auto", threads=1)
+    model, head = opened.release.job.spec.model, opened.head
+    extract = _extract(model, head, cache=cache)
     graded = []
     for path in photos:
-        image = _pixels(path)
-        features = backbone.extract(backbone.prepare(image)[None])
-        inputs = head_inputs(features.astype(np.float64), opened.head.centre)
-        probabilities = grade_probabilities(opened.head.thresholds, inputs)
+        features = extract(prepare(_pixels(path), model.input_size)[None])
+        inputs = graded_inputs(model, features, centre=head.centre, change=head.network)
+        probabilities = grade_probabilities(head.thresholds, inputs)
         decided = int(decide(probabilities, scale)[0])
         graded.append(
             GradedPhoto(
@@ -63,6 +67,16 @@ def grade_photos(photos: Sequence[Path], *, release: Path, roster: Roster, cache
             )
         )
     return graded
+
+
+def _extract(model: ModelSpec, head: Head, *, cache: Path) -> Callable[[FeatureArray], FeatureArray]:
+    """What turns network inputs [photos, 3, input, input] into features: frozen backbone or trained network."""
+    if model.on_features:
+        return extractor(model, cache=cache, device="auto", threads=1).extract
+    # Torch takes seconds to start; a head on a frozen backbone never needs it.
+    from fedgrade.model.networks import TrainedExtractor  # noqa: PLC0415
+
+    return TrainedExtractor(model, head.network, compute=Compute(device="auto", threads=1)).extract
 
 
 def _pixels(path: Path) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,8 @@ from fedgrade.data.manifest import Item, Manifest, Photo, Split, read_manifest
 from fedgrade.errors import DataRefused
 from fedgrade.federation.policy import Policy
 from fedgrade.grading import GradeScale
-from fedgrade.model.spec import ModelSpec
+from fedgrade.model.backbones import Compute
+from fedgrade.model.spec import ModelSpec, View
 from fedgrade.trust.records import DatasetOpened
 
 
@@ -23,12 +24,21 @@ class PhotoFeatures(Protocol):
     def prepare(self, model: ModelSpec, photos: Sequence[Photo]) -> None:
         """Check every one of ``photos`` and cache its features, so that bad data shows before anything is spent.
 
+        Features are those of every view that training looks at.
+
         Raises:
             DataRefused: a photo is missing, changed or unreadable.
         """
 
-    def features(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
-        """Features [photos, dimensions] of ``photos``, in their order."""
+    @property
+    def compute(self) -> Compute:
+        """What networks run on here."""
+
+    def features(self, model: ModelSpec, photos: Sequence[Photo], view: View) -> npt.NDArray[np.float32]:
+        """Features [photos, dimensions] of ``photos`` as ``view`` shows them, in their order."""
+
+    def inputs(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
+        """Network inputs [photos, 3, input, input] of upright ``photos``, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)

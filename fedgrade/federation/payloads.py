@@ -1,7 +1,11 @@
-"""The arrays that travel behind messages: heads out to sites, releases back. Both sides read them through this file."""
+"""The arrays that travel behind messages: heads out to sites, releases back. Both sides read them through this file.
+
+A network's numbers travel in single precision, as the change from a public starting point; their count is known from
+the job alone, without torch.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import PoissonGaussian, Purpose
 
 FloatArray = npt.NDArray[np.float64]
+NetworkArray = npt.NDArray[np.float32]
 
 # Weights of a converged head are far smaller; larger ones would be an attack on the arithmetic, not a model.
 MAX_WEIGHT = 1e6
@@ -26,10 +31,24 @@ _SUM_LIMIT = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A head as it travels: ``thresholds`` [grades - 1, dimensions + 1] and the feature ``centre`` [dimensions]."""
+    """A head as it travels, with the adapter or network below it if that is trained too.
+
+    Attributes:
+        thresholds: [grades - 1, dimensions + 1].
+        centre: [dimensions], taken out of every feature vector.
+        network: [parameters], the change from the public starting point; empty where the head alone is trained.
+    """
 
     thresholds: FloatArray
     centre: FloatArray
+    network: NetworkArray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+
+    @classmethod
+    def of(cls, job: TrainingJob, weights: FloatArray, centre: FloatArray) -> "Head":
+        """The head of ``job`` with the numbers ``weights`` [parameters], thresholds first."""
+        thresholds, inputs = job.head_shape()
+        head, network = np.split(weights, [thresholds * inputs])
+        return cls(thresholds=head.reshape(thresholds, inputs), centre=centre, network=network.astype(np.float32))
 
 
 def read_head(raw: bytes, job: TrainingJob) -> Head:
@@ -40,29 +59,41 @@ def read_head(raw: bytes, job: TrainingJob) -> Head:
     """
     thresholds, inputs = job.head_shape()
     expected = {"thresholds": ((thresholds, inputs), "float64"), "centre": ((inputs - 1,), "float64")}
-    weights = read_weights(raw, expected=expected)
+    weights = read_weights(raw, expected={**expected, **_expected_network(job)})
     if max(float(np.abs(array).max(initial=0.0)) for array in weights.values()) > MAX_WEIGHT:
         raise ModelRefused(f"weights: an entry exceeds {MAX_WEIGHT:g} in size; no trained head looks like that")
-    return Head(thresholds=weights["thresholds"], centre=weights["centre"])
+    return Head(**weights)
 
 
 def write_head(head: Head) -> bytes:
     """``head`` as the safetensors blob that :func:`read_head` reads."""
-    return write_weights({"thresholds": head.thresholds, "centre": head.centre}, metadata={})
+    arrays = {"thresholds": head.thresholds, "centre": head.centre}
+    return write_weights({**arrays, **_written_network(head.network)}, metadata={})
+
+
+def write_update(job: TrainingJob, update: FloatArray) -> bytes:
+    """What DP-SGD changed, ``update`` [parameters], as the safetensors blob that :func:`read_release` reads."""
+    head, network = np.split(update, [job.parameters - job.spec.model.network_parameters])
+    return write_weights({"update": head, **_written_network(network.astype(np.float32))}, metadata={})
 
 
 def read_release(raw: bytes, job: TrainingJob, purpose: Purpose, *, site: SiteId) -> npt.NDArray[Any]:
-    """What ``site`` released: integers [parameters] on the grid, or a floating-point update for DP-SGD.
+    """What ``site`` released: integers [numbers] on the grid, or a floating-point update [parameters] for DP-SGD.
 
     Guarantee: no honest site is refused; what a dishonest one can do to a sum is bounded, and sums never overflow.
 
     Raises:
         ModelRefused: other names, shapes or types, or a number that no honest site sends.
     """
-    name, kind = ("release", "int64")
+    size = release_size(job, purpose)
     if isinstance(job.plan.mechanism(purpose), PoissonGaussian):
-        name, kind = ("update", "float64")
-    release = read_weights(raw, expected={name: ((release_size(job, purpose),), kind)})[name]
+        name, network = "update", _expected_network(job)
+        head = size - job.spec.model.network_parameters
+        arrays = read_weights(raw, expected={name: ((head,), "float64"), **network})
+        release = np.concatenate([arrays[part].astype(np.float64) for part in (name, *network)])
+    else:
+        name = "release"
+        release = read_weights(raw, expected={name: ((size,), "int64")})[name]
     limit = largest_release(job, purpose, site=site)
     # Both ends are looked at as they are: the absolute value of the least int64 is negative.
     if int(release.max()) > limit or int(release.min()) < -limit:
@@ -85,5 +116,14 @@ def largest_release(job: TrainingJob, purpose: Purpose, *, site: SiteId) -> int:
 
 def release_size(job: TrainingJob, purpose: Purpose) -> int:
     """How many numbers one release for ``purpose`` holds."""
-    thresholds, inputs = job.head_shape()
-    return {"centre": inputs - 1, "train": thresholds * inputs, "evaluate": job.spec.grading.grades**2}[purpose]
+    _, inputs = job.head_shape()
+    return {"centre": inputs - 1, "train": job.parameters, "evaluate": job.spec.grading.grades**2}[purpose]
+
+
+def _expected_network(job: TrainingJob) -> dict[str, tuple[tuple[int, ...], str]]:
+    size = job.spec.model.network_parameters
+    return {"network": ((size,), "float32")} if size else {}
+
+
+def _written_network(network: NetworkArray) -> dict[str, NetworkArray]:
+    return {"network": network} if network.size else {}

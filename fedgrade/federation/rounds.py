@@ -88,7 +88,7 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     state = store.load(job) or _start(job)
     stages = stages_of(job)
     for index in range(state.next_stage, len(stages)):
-        stage, head = stages[index], _head(state, stages[index])
+        stage, head = stages[index], _head(job, state, stages[index])
         # A crash between ledger and checkpoint leaves a stage that is closed already: only its own sites are asked.
         sites = log.answered(job, stage) or conversation.active
         gathered = conversation.gather(stage.purpose, stage.round_index, write_head(head), sites=sites)
@@ -96,7 +96,7 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
         store.keep_receipts(index, gathered.receipts)
         if stage.purpose == "evaluate":
             store.keep_evaluation(gathered.tensors)
-        log.close_round(job, stage, gathered, before=head, after=_current_head(state), now=coordinator.clock())
+        log.close_round(job, stage, gathered, before=head, after=_current_head(job, state), now=coordinator.clock())
         store.save(state, job)
         coordinator.report(
             Progress(
@@ -180,11 +180,10 @@ class RoundLog:
 
 
 def _start(job: TrainingJob) -> RunState:
-    shape = job.head_shape()
     return RunState(
         next_stage=0,
-        centre=np.zeros(shape[1] - 1),
-        server=ServerState.start(np.zeros(shape)),
+        centre=np.zeros(job.spec.model.feature_dimensions),
+        server=ServerState.start(np.zeros(job.parameters)),
         counts=ConfusionCounts.zero(job.spec.grading.grades),
         contributions={},
     )
@@ -218,27 +217,26 @@ def _train(job: TrainingJob, server: ServerState, round_index: int, gathered: Ga
             mechanism=mechanism,
             declared_items=sum(job.declared_items[site] for site in gathered.releases),
         )
-        return descend(server, gradient.reshape(job.head_shape()), spec=spec, round_index=round_index, rounds=rounds)
+        return descend(server, gradient, spec=spec, round_index=round_index, rounds=rounds)
     updates = [(release, job.declared_items[site]) for site, release in gathered.releases.items()]
-    update = mean_of_updates(updates).reshape(job.head_shape())
-    return add_update(server, update, spec=spec, round_index=round_index, rounds=rounds)
+    return add_update(server, mean_of_updates(updates), spec=spec, round_index=round_index, rounds=rounds)
 
 
-def _head(state: RunState, stage: Stage) -> Head:
+def _head(job: TrainingJob, state: RunState, stage: Stage) -> Head:
     """What sites are shown in this stage: the current iterate, or for evaluation the model to be released."""
-    return _final_head(state) if stage.purpose == "evaluate" else _current_head(state)
+    return _final_head(job, state) if stage.purpose == "evaluate" else _current_head(job, state)
 
 
-def _current_head(state: RunState) -> Head:
-    return Head(thresholds=state.server.weights, centre=state.centre)
+def _current_head(job: TrainingJob, state: RunState) -> Head:
+    return Head.of(job, state.server.weights, state.centre)
 
 
-def _final_head(state: RunState) -> Head:
-    return Head(thresholds=final_weights(state.server), centre=state.centre)
+def _final_head(job: TrainingJob, state: RunState) -> Head:
+    return Head.of(job, final_weights(state.server), state.centre)
 
 
 def _publish(job: TrainingJob, state: RunState, *, coordinator: Coordinator, store: RunStore, log: RoundLog) -> str:
-    head, now = _final_head(state), coordinator.clock()
+    head, now = _final_head(job, state), coordinator.clock()
     release = ModelRelease(
         job=job,
         weights_digest=digest(write_head(head)),

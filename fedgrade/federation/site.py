@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import assert_never
 
-import numpy as np
-
 from fedgrade.data.manifest import Split
 from fedgrade.errors import (
     AlreadyCharged,
@@ -44,7 +42,7 @@ from fedgrade.federation.messages import (
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.payloads import read_head
 from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
-from fedgrade.federation.releases import SiteRows, compute_release
+from fedgrade.federation.releases import SiteRows, compute_release, load_rows
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed
@@ -248,14 +246,7 @@ class Site:
     def _rows(self, opened: "_OpenJob", split: Split, cohorts: frozenset[str]) -> SiteRows:
         if (split, cohorts) not in opened.rows:
             items = opened.holdings.items(split, cohorts=cohorts)
-            features = self._data.photos.features(
-                opened.job.spec.model, [photo for item in items for photo in item.photos]
-            )
-            opened.rows[split, cohorts] = SiteRows(
-                features=features.astype(np.float64),
-                item_index=np.repeat(np.arange(len(items)), [len(item.photos) for item in items]),
-                grades=np.array([item.grade for item in items], dtype=np.int64),
-            )
+            opened.rows[split, cohorts] = load_rows(self._data.photos, opened.job.spec.model, items, split)
         return opened.rows[split, cohorts]
 
     def _reply(self, body: Admitted | Contribution | Refusal, request_digest: str, *, tensors: bytes = b"") -> bytes:

@@ -99,9 +99,9 @@ class RunStore:
             raise ModelRefused(f"checkpoint {latest}: its arrays cannot be read ({error.strerror})") from error
         if digest(raw) != checkpoint.tensors:
             raise ModelRefused(f"checkpoint {latest}: its arrays have changed on disk")
-        shape = job.head_shape()
-        expected = dict.fromkeys(("weights", "velocity", "average"), (shape, "float64"))
-        arrays = read_weights(raw, expected={**expected, "centre": ((shape[1] - 1,), "float64")})
+        expected = dict.fromkeys(("weights", "velocity", "average"), ((job.parameters,), "float64"))
+        centre = ((job.spec.model.feature_dimensions,), "float64")
+        arrays = read_weights(raw, expected={**expected, "centre": centre})
         server = ServerState(
             weights=arrays["weights"],
             velocity=arrays["velocity"],

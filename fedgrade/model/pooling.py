@@ -26,6 +26,13 @@ def pool(feature_map: torch.Tensor, pooling: Pooling) -> torch.Tensor:
             assert_never(pooling)
 
 
+def pooled(network: nn.Module, pooling: tuple[Pooling, ...], photos: torch.Tensor) -> torch.Tensor:
+    """Features [photos, channels * len(pooling)] of ``photos`` [photos, 3, input, input]: the last map, pooled."""
+    maker: Any = network
+    feature_map = maker.forward_features(photos)
+    return torch.cat([pool(feature_map, each) for each in pooling], dim=1)
+
+
 class PooledBackbone(nn.Module):
     """``network``'s last feature map, pooled: [photos, 3, input, input] to [photos, channels * len(pooling)].
 
@@ -46,6 +53,4 @@ class PooledBackbone(nn.Module):
 
     def forward(self, photos: torch.Tensor) -> torch.Tensor:
         """Features [photos, dimensions] of ``photos`` [photos, 3, input, input]."""
-        network: Any = self.network
-        feature_map = network.forward_features(photos)
-        return torch.cat([pool(feature_map, pooling) for pooling in self.pooling], dim=1)
+        return pooled(self.network, self.pooling, photos)

@@ -41,7 +41,10 @@ from fedgrade.federation.site import Site, SiteIdentity
 from fedgrade.federation.store import RunStore
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
-from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
+from fedgrade.model.backbones import Compute
+from fedgrade.model.preprocessing import prepare
+from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec, View
+from fedgrade.model.views import seen
 from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec, LocalSpec, calibrate
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import seal
@@ -122,14 +125,23 @@ class ProjectedPhotos:
 
     def prepare(self, model: ModelSpec, photos: Sequence[Photo]) -> None:
         verify_photos(photos, self.root, PhotoLimits())
-        self.features(model, photos)
+        self.features(model, photos, "upright")
 
-    def features(self, model: ModelSpec, photos: Sequence[Photo]) -> np.ndarray:
+    @property
+    def compute(self) -> Compute:
+        return Compute(device="cpu", threads=1)
+
+    def features(self, model: ModelSpec, photos: Sequence[Photo], view: View) -> np.ndarray:
         self.opened.extend(photo.path for photo in photos)
-        pixels = [open_photo(self.root, photo, PhotoLimits())[:, :, 0].ravel() for photo in photos]
+        pixels = [seen(open_photo(self.root, photo, PhotoLimits())[:, :, 0], view).ravel() for photo in photos]
         rows = np.array(pixels, dtype=np.float32).reshape(len(photos), PIXELS * PIXELS)
         # One photo at a time: the last bits of a product of matrices depend on how many rows there are.
         return np.array([row @ projection(model.feature_dimensions) for row in rows])
+
+    def inputs(self, model: ModelSpec, photos: Sequence[Photo]) -> np.ndarray:
+        self.opened.extend(photo.path for photo in photos)
+        images = [open_photo(self.root, photo, PhotoLimits()) for photo in photos]
+        return np.stack([prepare(image, model.input_size) for image in images])
 
 
 @cache

@@ -326,10 +326,10 @@ def test_no_damaged_message_gets_more_than_a_signed_refusal(federation, admitted
 
 def test_a_broken_extractor_is_reported_without_details_and_its_charge_stands(federation, job, caplog):
     class Broken(ProjectedPhotos):
-        def features(self, model, photos):
+        def features(self, model, photos, view):
             if self.opened:
                 raise RuntimeError("cell-0042.png is a B7")
-            return super().features(model, photos)
+            return super().features(model, photos, view)
 
     with federation.site(photos=Broken(root=federation.folder(SITE) / "photos")) as site:
         site.answer(federation.admission(job))

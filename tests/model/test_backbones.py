@@ -51,7 +51,7 @@ def test_the_logits_equal_those_of_the_weights_own_package_to_the_last_bit(batch
 
 
 def test_onnxruntime_and_torch_agree_on_real_photos(onnx_extractor, batch):
-    network = backbones.build_backbone(SPEC, backbones.backbone_weights_path())
+    network = backbones.build_backbone(SPEC)
     by_torch = backbones.TorchExtractor(SPEC, network, device="cpu", threads=1)
     assert by_torch.digest == onnx_extractor.digest
     features = onnx_extractor.extract(batch)
@@ -91,23 +91,31 @@ def test_preprocessing_is_what_timm_was_trained_with(batch):
     assert np.abs(batch[1] - transform(image).numpy()).mean() < 1e-3
 
 
-def test_weights_with_one_flipped_byte_are_refused(tmp_path):
+def test_weights_with_one_flipped_byte_are_refused(tmp_path, monkeypatch):
     raw = bytearray(backbones.backbone_weights_path().read_bytes())
     raw[len(raw) // 2] ^= 1
     changed = tmp_path / "weights.pth"
     changed.write_bytes(raw)
+    monkeypatch.setattr(backbones, "backbone_weights_path", lambda: changed)
     with pytest.raises(ModelRefused, match=f"expected {LITE0_WEIGHTS_DIGEST}"):
-        backbones.build_backbone(SPEC, changed)
+        backbones.build_backbone(SPEC)
 
 
 def test_a_job_cannot_choose_other_weights():
     other = dataclasses.replace(SPEC, weights_digest="0" * 64)
     with pytest.raises(ModelRefused, match="is not the pinned"):
-        backbones.build_backbone(other, backbones.backbone_weights_path())
+        backbones.build_backbone(other)
+
+
+def test_what_is_trained_on_top_does_not_change_the_features():
+    trained = dataclasses.replace(SPEC, trainable="adapter", adapter_rank=3, views=("upright", "rotate_180"))
+    assert backbones.extractor_digest(trained) == backbones.extractor_digest(SPEC)
+    assert backbones.extractor_digest(dataclasses.replace(SPEC, input_size=96)) != backbones.extractor_digest(SPEC)
+    assert trained.frozen == SPEC
 
 
 def test_training_mode_cannot_be_switched_on_and_nothing_is_trainable():
-    network = backbones.build_backbone(SPEC, backbones.backbone_weights_path())
+    network = backbones.build_backbone(SPEC)
     network.train()
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())

@@ -20,13 +20,13 @@ from fedgrade.federation import releases
 from fedgrade.federation.payloads import Head
 from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.grading import GradeScale
+from fedgrade.items import ItemBatch
 from fedgrade.job import DataSpec, JobSpec, plan_job
 from fedgrade.model.head import BIAS_FEATURE
 from fedgrade.model.spec import ModelSpec
 from fedgrade.model.weights import read_weights
 from fedgrade.privacy import grid
 from fedgrade.privacy.plan import LocalSpec
-from fedgrade.training import ItemBatch
 from fedgrade.trust.identity import SiteId
 
 SITE = SiteId("site-a")

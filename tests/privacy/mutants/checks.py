@@ -15,10 +15,12 @@ from fedgrade.federation.canaries import CanaryTrial, audit_job, canary_scores
 from fedgrade.federation.messages import Contribution, Refusal
 from fedgrade.federation.payloads import Head
 from fedgrade.federation.releases import SiteRows, gradient_sum
+from fedgrade.items import ItemBatch
+from fedgrade.model.networks import PhotoLinear
 from fedgrade.model.pooling import PooledBackbone
 from fedgrade.privacy import audit
 from fedgrade.privacy.plan import DistributedSpec
-from fedgrade.training import ItemBatch, SgdRecipe, clipped_gradient_sum, train_by_sgd
+from fedgrade.training import SgdRecipe, clipped_gradient_sum, train_by_sgd
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 from tests.federation.small_federation import (
     NAMES,
@@ -99,12 +101,10 @@ def every_step_adds_the_noise_that_is_charged_whatever_the_batch(place):
     del place
     steps, noise, features = 50, Fraction(2), 400
     inputs = np.zeros((2, features))
-    update = train_by_sgd(
-        np.zeros((1, features)), _batch(inputs), _recipe(rate=Fraction(1, 20), noise=noise, steps=steps)
-    )
+    update = _update(inputs, _recipe(rate=Fraction(1, 20), noise=noise, steps=steps))
     promised = LEARNING_RATE * float(noise) * CLIP * np.sqrt(steps)  # the expected batch is one item
     scores = audit.CanaryScores(
-        scores=update[0, :200] / promised, included=np.arange(200) < 100, idle=update[0, 200:] / promised
+        scores=update[:200] / promised, included=np.arange(200) < 100, idle=update[200:] / promised
     )
     check = audit.deviation_check(scores)
     assert check.passed, check
@@ -113,14 +113,14 @@ def every_step_adds_the_noise_that_is_charged_whatever_the_batch(place):
 def one_item_moves_an_update_by_at_most_the_clip(place):
     del place
     inputs = np.array([[300.0, 400.0, 0.0, 0.0], [0.0, 0.0, np.nan, 1.0]])
-    update = train_by_sgd(np.zeros((1, FEATURES)), _batch(inputs), _recipe(rate=Fraction(1), steps=1, items=1))
+    update = _update(inputs, _recipe(rate=Fraction(1), steps=1, items=1))
     assert np.linalg.norm(update) <= LEARNING_RATE * CLIP * 1.01, "the second item has no gradient to add"
 
 
 def an_item_that_is_not_a_number_does_not_poison_an_update(place):
     del place
     inputs = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, np.nan, 1.0]])
-    update = train_by_sgd(np.zeros((1, FEATURES)), _batch(inputs), _recipe(rate=Fraction(1), steps=1))
+    update = _update(inputs, _recipe(rate=Fraction(1), steps=1))
     assert np.isfinite(update).all()
 
 
@@ -133,13 +133,18 @@ def batches_are_as_random_as_the_amplification_claims(place):
     expected_batch = items * float(rate)
     sizes = np.array(
         [
-            abs(train_by_sgd(np.zeros((1, FEATURES)), _batch(inputs), recipe)[0, 0])
+            abs(_update(inputs, recipe)[0])
             for _ in range(runs)
         ]
     ) * (expected_batch / (LEARNING_RATE * CLIP))  # fmt: skip
     binomial = np.sqrt(expected_batch * (1 - float(rate)))
     assert abs(sizes.mean() - expected_batch) <= 5 * binomial / np.sqrt(runs)
     assert abs(sizes.std() / binomial - 1) <= 5 / np.sqrt(2 * runs)
+
+
+def _update(inputs, recipe):
+    """The change of a head of one threshold that starts at zero."""
+    return train_by_sgd(PhotoLinear(np.zeros((1, inputs.shape[1]))), _batch(inputs), recipe)
 
 
 def _batch(inputs):
@@ -240,9 +245,13 @@ class _Watched:
     def prepare(self, model, photos):
         self._photos.prepare(model, photos)
 
-    def features(self, model, photos):
+    @property
+    def compute(self):
+        return self._photos.compute
+
+    def features(self, model, photos, view):
         self.charges.append(len(self._federation.charges(SITE)))
-        return self._photos.features(model, photos)
+        return self._photos.features(model, photos, view)
 
 
 def _told(federation, site, message):

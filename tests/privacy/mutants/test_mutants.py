@@ -5,12 +5,14 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from fedgrade.federation import releases, site
 from fedgrade.federation.charging import Charging
 from fedgrade.federation.outbox import Outbox
+from fedgrade.items import ItemBatch
 from fedgrade.model.head import head_inputs
 from fedgrade.model.pooling import PooledBackbone
 from fedgrade.privacy import grid
@@ -114,9 +116,13 @@ def _unclipped(rows, *, max_norm, mechanism):
 def clip_not_applied_to_updates(patch):
     def unclipped(optimizer):
         for parameter in optimizer.params:
-            parameter.summed_grad = parameter.grad_sample.sum(dim=0)
+            parameter.summed_grad = parameter.grad_sample.sum(dim=0).to(parameter.dtype)
+
+    def every_item_whole(module):
+        return torch.ones_like(module.get_norm_sample())
 
     patch.setattr(DPOptimizer, "clip_and_accumulate", unclipped)
+    patch.setattr(GradSampleModuleFastGradientClipping, "get_clipping_coef", every_item_whole)
 
 
 def clip_by_parameter_and_not_by_item(patch):
@@ -144,7 +150,7 @@ def empty_batch_skipped(patch):
     honest = DPOptimizer.step
 
     def step(optimizer, closure=None):
-        return None if len(optimizer.params[0].grad_sample) == 0 else honest(optimizer, closure)
+        return None if optimizer.params[0].summed_grad is None else honest(optimizer, closure)
 
     patch.setattr(DPOptimizer, "step", step)
 
@@ -163,9 +169,7 @@ def batch_norm_in_train_mode(patch):
 def photos_counted_as_items(patch):
     def each_photo_an_item(rows, centre):
         inputs = head_inputs(rows.features, centre)[:, None, :]
-        return releases.ItemBatch(
-            inputs=inputs, photo_weights=np.ones((len(inputs), 1)), grades=rows.grades[rows.item_index]
-        )
+        return ItemBatch(inputs=inputs, photo_weights=np.ones((len(inputs), 1)), grades=rows.grades[rows.item_index])
 
     patch.setattr(releases, "_padded", each_photo_an_item)
 
