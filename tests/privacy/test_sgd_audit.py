@@ -39,14 +39,14 @@ def every_item_in_every_batch(patch):
 
 
 def clip_doubled(patch):
-    add_noise = training._PrivateOptimizer.add_noise
+    add_noise = training._add_noise
 
     def doubled(optimizer):
         for parameter in optimizer.params:
             parameter.summed_grad = 2 * parameter.summed_grad
         add_noise(optimizer)
 
-    patch.setattr(training._PrivateOptimizer, "add_noise", doubled)
+    patch.setattr(training, "_add_noise", doubled)
 
 
 @pytest.mark.parametrize(

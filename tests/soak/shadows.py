@@ -89,12 +89,12 @@ def trained(shadow: Shadow) -> Head:
     with noise_of(shadow.epsilon):
         state = rounds._start(job)
         for stage in rounds.stages_of(job)[:-1]:  # all but the evaluation, which sees other items
-            head = rounds._head(state, stage)
+            head = rounds._head(job, state, stage)
             raw = compute_release(job, stage.purpose, head, site=SITE, rows=lambda _: rows)
             release = read_release(raw, job, stage.purpose, site=SITE)
             gathered = Gathered(releases={SITE: release}, receipts={}, tensors={SITE: raw})
             state = rounds._advance(job, state, stage, gathered)
-    return rounds._final_head(state)
+    return rounds._final_head(job, state)
 
 
 @contextmanager
