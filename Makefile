@@ -36,8 +36,8 @@ check: $(DEV)  ## Style, types and the order of imports
 bench: $(DEV)  ## Measure, and write the figures into docs/benchmarks.md
 	$(BIN)/python tests/benchmarks/run.py --write docs/benchmarks.md $(ARGS)
 
-soak: $(DEV)  ## The slow tests: minutes to hours
-	$(BIN)/python -m pytest -m slow $(ARGS)
+soak: $(DEV)  ## The slow tests, minutes to hours: attacks, long audits; writes what they found into docs/soak.md
+	FEDGRADE_FIGURES=docs/soak.md $(BIN)/python -m pytest -m slow $(ARGS)
 
 clean:  ## Remove the environment and every cache; never runs/, which holds keys and ledgers
 	rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

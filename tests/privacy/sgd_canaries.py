@@ -70,15 +70,18 @@ def sgd_job(*, epsilon: float, rate: float, rounds: int, local_steps: int) -> Tr
     return plan_job(spec, declared_items={SITE: _DECLARED, SiteId("site-b"): _DECLARED}, nonce="audit")
 
 
-def sgd_claim(job: TrainingJob) -> AuditClaim:
-    """What all training rounds of ``job`` are charged as, and the shift of scores that goes with it."""
+def sgd_claim(job: TrainingJob, *, noise_factor: int = 1) -> AuditClaim:
+    """What all training rounds of ``job`` are charged as, and the shift of scores that goes with it.
+
+    A ``noise_factor`` above 1 claims so many times the noise: a boast, for the audit to notice.
+    """
     mechanism = _mechanism(job)
-    steps = mechanism.steps * job.plan.rounds
-    delta = job.plan.delta
+    rate, noise = mechanism.sampling_rate, noise_factor * mechanism.noise_multiplier
+    steps, delta = mechanism.steps * job.plan.rounds, job.plan.delta
     return AuditClaim(
-        epsilon=poisson_epsilon({(mechanism.sampling_rate, mechanism.noise_multiplier): steps}, delta=delta),
+        epsilon=poisson_epsilon({(rate, noise): steps}, delta=delta),
         delta=delta,
-        noise_multiplier=float(mechanism.noise_multiplier / mechanism.sampling_rate) / ALONG_AXIS,
+        noise_multiplier=float(noise / rate) / ALONG_AXIS,
         rounds=steps,
     )
 
