@@ -1,0 +1,171 @@
+"""Sites that cheat the coordinator, or one another, driving the real state machines of honest ones."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedgrade.aggregation.secure_sum.coordinator import SumCoordinator
+from fedgrade.aggregation.secure_sum.documents import (
+    MaskedVector,
+    RevealedShares,
+    SumCommitments,
+    SumSurvivors,
+    SumVotes,
+)
+from fedgrade.aggregation.secure_sum.masks import vector_digest
+from fedgrade.errors import (
+    DocumentRefused,
+    FedgradeError,
+    MessageRefused,
+    RoundFailed,
+)
+from fedgrade.trust.envelope import open_sealed, seal
+from fedgrade.trust.identity import SigningKey
+from tests.aggregation.secure_sum.partnership import KEYS, ROSTER, TASK, Partnership, names, numbers, plain_sum
+
+ALICE, BOB, CAROL, DAVE = names(4)
+COORDINATOR = SigningKey.generate()
+
+
+def opened(raw, kind, site):
+    return open_sealed(raw, as_=kind, signed_by=KEYS[site].public)
+
+
+def test_garbage_instead_of_any_document_is_one_clear_refusal():
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, uploads = partnership.masked(vanish=(BOB,))
+    coordinator.survivors()
+    vector = uploads[BOB].vector
+    for garbage in (b"", b"{}", b"\xff" * 99, b'{"payload":1}', uploads[ALICE].document, seal(TASK, KEYS[ALICE])):
+        for accept in (coordinator.accept_commitment, coordinator.accept_vote, coordinator.accept_shares):
+            with pytest.raises(FedgradeError):
+                accept(ALICE, garbage)
+        with pytest.raises(FedgradeError):
+            coordinator.accept_vector(BOB, garbage, vector)
+
+
+@pytest.mark.parametrize(
+    ("vector", "match"),
+    [
+        (np.zeros(4, dtype=np.int64), "5 64-bit integers expected"),
+        (np.zeros((5, 1), dtype=np.int64), "5 64-bit integers expected"),
+        (np.zeros(5, dtype=np.float64), "5 64-bit integers expected"),
+        (np.zeros(5, dtype=np.int64), "not the one that was signed for"),
+    ],
+)
+def test_a_vector_of_another_length_type_or_content_is_not_added(vector, match):
+    partnership = Partnership.of(3)
+    coordinator, uploads = partnership.masked(vanish=(BOB,))
+    with pytest.raises(FedgradeError, match=match):
+        coordinator.accept_vector(BOB, uploads[BOB].document, vector)
+    coordinator.accept_vector(BOB, uploads[BOB].document, uploads[BOB].vector)
+    assert coordinator.total().tolist() == plain_sum(numbers(site) for site in names(3))
+
+
+def test_a_vector_of_an_earlier_attempt_or_a_second_one_is_not_added():
+    partnership = Partnership.of(3)
+    _, earlier = partnership.masked()
+    coordinator, uploads = partnership.attempt(1).masked()
+    with pytest.raises(MessageRefused, match="of another attempt"):
+        coordinator.accept_vector(BOB, earlier[BOB].document, earlier[BOB].vector)
+    with pytest.raises(MessageRefused, match="came a second time"):
+        coordinator.accept_vector(BOB, uploads[BOB].document, uploads[BOB].vector)
+    stranger = names(4)[3]
+    with pytest.raises(MessageRefused, match="takes no part"):
+        coordinator.accept_vector(stranger, uploads[BOB].document, uploads[BOB].vector)
+    assert coordinator.total().tolist() == plain_sum(numbers(site) for site in names(3))
+
+
+def test_a_site_that_does_not_mask_as_agreed_is_noticed_by_the_range():
+    partnership = Partnership.of(3)
+    coordinator, uploads = partnership.masked(vanish=(BOB,))
+    document = opened(uploads[BOB].document, MaskedVector, BOB)
+    plain = numbers(BOB)
+    signed = seal(replace(document, vector_digest=vector_digest(plain)), KEYS[BOB])
+    coordinator.accept_vector(BOB, signed, plain)
+    with pytest.raises(RoundFailed, match="did not mask as agreed"):
+        coordinator.total()
+
+
+def test_a_site_masks_nothing_that_could_wrap_or_does_not_fit():
+    partnership = Partnership.of(3)
+    _, commitments = partnership.committed()
+    machine = partnership.sites[ALICE]
+    machine.confirm(commitments)
+    for vector in (
+        np.full(5, TASK.entry_limit + 1),
+        np.full(5, -(2**63)),
+        np.zeros(6, dtype=np.int64),
+        np.zeros(5, dtype=np.int32),
+    ):
+        with pytest.raises(FedgradeError, match=r"entry_limit|64-bit integers expected"):
+            machine.mask(vector)
+    machine.mask(np.full(5, -TASK.entry_limit))
+
+
+@pytest.mark.parametrize("part", ["seed_shares", "key_shares"])
+def test_a_revealed_share_that_was_altered_names_whose_secret_it_spoils(part):
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, _ = partnership.masked(vanish=(DAVE,))
+    partnership.voted(coordinator)
+    votes = coordinator.votes()
+    for site in names(3):
+        raw = partnership.sites[site].reveal(votes)
+        if site == BOB:
+            honest = opened(raw, RevealedShares, BOB)
+            of = DAVE if part == "key_shares" else CAROL
+            altered = {**getattr(honest, part), of: bytes(33)}
+            raw = seal(replace(honest, **{part: altered}), KEYS[BOB])
+        coordinator.accept_shares(site, raw)
+    with pytest.raises(RoundFailed, match=f"of {of} were altered"):
+        coordinator.total()
+
+
+def test_shares_of_the_wrong_sites_or_length_are_refused():
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, _ = partnership.masked(vanish=(DAVE,))
+    partnership.voted(coordinator)
+    raw = partnership.sites[BOB].reveal(coordinator.votes())
+    honest = opened(raw, RevealedShares, BOB)
+    both = replace(honest, key_shares={**honest.key_shares, CAROL: bytes(33)})
+    with pytest.raises(MessageRefused, match="not one of each survivor's seed and each vanished site's key"):
+        coordinator.accept_shares(BOB, seal(both, KEYS[BOB]))
+    with pytest.raises(MessageRefused, match="each takes 33 bytes"):
+        replace(honest, key_shares={DAVE: bytes(32)})
+    with pytest.raises(MessageRefused, match="not among the survivors"):
+        coordinator.accept_shares(DAVE, raw)
+
+
+def test_no_document_passes_for_one_of_another_kind():
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, uploads = partnership.masked()
+    coordinator.survivors()
+    for accept in (coordinator.accept_vote, coordinator.accept_shares, coordinator.accept_commitment):
+        with pytest.raises(DocumentRefused, match="payload type"):
+            accept(ALICE, uploads[ALICE].document)
+
+
+def test_steps_out_of_order_are_refused_on_both_sides():
+    partnership = Partnership.of(4, dropouts=1)
+    proposal = partnership.proposal()
+    machine = partnership.sites[ALICE]
+    coordinator = SumCoordinator(proposal.terms, roster=ROSTER)
+    survivors = SumSurvivors(transcript="00" * 32, survivors=names(4))
+    votes = SumVotes(transcript="00" * 32, envelopes={})
+    commitments = SumCommitments(terms_digest=proposal.terms.digest, envelopes={})
+    for step in (
+        lambda: machine.confirm(commitments),
+        lambda: machine.mask(numbers(ALICE)),
+        lambda: machine.vote(survivors),
+        lambda: machine.reveal(votes),
+        coordinator.survivors,
+        coordinator.votes,
+        lambda: coordinator.accept_vector(ALICE, b"", numbers(ALICE)),
+    ):
+        with pytest.raises(MessageRefused, match="out of order"):
+            step()
+    with pytest.raises(MessageRefused, match="not among the survivors"):
+        coordinator.accept_vote(ALICE, b"")
+    with pytest.raises(RoundFailed, match="0 sites revealed shares; 3 are needed"):
+        Partnership.of(4, dropouts=1).masked()[0].total()
