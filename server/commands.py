@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedgrade.data import elpv
-from fedgrade.data.manifest import Split, read_manifest
 from fedgrade.errors import FedgradeError, JobRefused
 from fedgrade.federation.rounds import stages_of
 from fedgrade.federation.verification import FederationProof, verify_federation
@@ -28,7 +27,7 @@ from fedgrade.privacy.accounting import printed
 from fedgrade.trust.identity import site_id
 from server.configure import compose_job, describe
 from server.engines import Engine, run_engine
-from server.local_federation import DECLARED_STEP, LocalFederation, Terms, create_local_federation
+from server.local_federation import LocalFederation, Terms, create_local_federation, declared_size
 from server.progress_board import progress_board
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     _plan_for_new(spec)
     console.print(f"Everything goes to {root}")
     limit = max(spec.privacy.target_epsilon, spec.privacy.evaluation_epsilon)
-    terms = Terms(modes=(spec.privacy.mode,), epsilon_limit=limit, epsilon_per_job=limit)
+    terms = Terms.for_job(spec, epsilon_limit=limit)
     federation = create_local_federation(root, scale=spec.grading, data=spec.data, terms=terms, cache=folder / "cache")
     with run_lock(root):
         job = _put_job(federation, spec)
@@ -93,7 +92,7 @@ def run(folder: Path, engine: Engine, overrides: tuple[str, ...], *, resume: boo
         if not federation.exists:
             # Solved before anything is created, so that a plan that cannot be leaves no federation behind.
             _plan_for_new(spec)
-            terms = Terms(modes=(spec.privacy.mode,), epsilon_limit=LIFETIME_EPSILON, epsilon_per_job=LIFETIME_EPSILON)
+            terms = Terms.for_job(spec, epsilon_limit=LIFETIME_EPSILON)
             create_local_federation(
                 folder, scale=spec.grading, data=spec.data, terms=terms, cache=folder.parent / "cache"
             )
@@ -142,18 +141,10 @@ def run_lock(root: Path) -> Iterator[None]:
         yield
 
 
-def _declared(items: int) -> int:
-    """What a new local federation's recycler with ``items`` training items declares."""
-    return max(DECLARED_STEP, round(items / DECLARED_STEP) * DECLARED_STEP)
-
-
 def _plan_for_new(spec: JobSpec) -> None:
     """Refuse a plan that no new local federation could run."""
     manifests = elpv.site_manifests(spec.grading, test_fraction=spec.data.test_fraction)
-    declared = {
-        site_id(name): _declared(len(read_manifest(manifest, spec.grading).items(Split.TRAIN)))
-        for name, manifest in manifests.items()
-    }
+    declared = {site_id(name): declared_size(manifest, spec.grading) for name, manifest in manifests.items()}
     plan_job(spec, declared_items=declared, nonce=secrets.token_hex(16))
 
 

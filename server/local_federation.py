@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import yaml
 
@@ -19,7 +20,7 @@ from fedgrade.data.manifest import SYNTHETIC_CEILING, Split, read_manifest
 from fedgrade.errors import DocumentRefused
 from fedgrade.federation.in_process import Answer
 from fedgrade.grading import GradeScale
-from fedgrade.job import DataSpec
+from fedgrade.job import DataSpec, JobSpec
 from fedgrade.trust.canonical import encode
 from fedgrade.trust.identity import Roster, SigningKey, SiteId, site_id
 from server.certificates import create_node_key
@@ -36,6 +37,17 @@ class Terms:
     modes: tuple[str, ...]
     epsilon_limit: float
     epsilon_per_job: float
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0",)
+
+    @classmethod
+    def for_job(cls, spec: JobSpec, *, epsilon_limit: float) -> Self:
+        """Terms on which a job like ``spec`` may spend all that there is."""
+        return cls(
+            modes=(spec.privacy.mode,),
+            epsilon_limit=epsilon_limit,
+            epsilon_per_job=epsilon_limit,
+            backbones=tuple(dict.fromkeys(("tf_efficientnet_lite0", spec.model.backbone))),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +131,12 @@ def create_local_federation(
     return federation
 
 
+def declared_size(manifest: bytes, scale: GradeScale) -> int:
+    """What a recycler of a local federation publishes of the number of its training items."""
+    items = len(read_manifest(manifest, scale).items(Split.TRAIN))
+    return max(DECLARED_STEP, round(items / DECLARED_STEP) * DECLARED_STEP)
+
+
 def _create_site(
     federation: LocalFederation,
     site: SiteId,
@@ -134,11 +152,11 @@ def _create_site(
     key.save(folder / "key.pem")
     create_node_key(folder / "node_key")
     (folder / "manifest.csv").write_bytes(manifest)
-    items = len(read_manifest(manifest, scale).items(Split.TRAIN))
-    declared = max(DECLARED_STEP, round(items / DECLARED_STEP) * DECLARED_STEP)
+    declared = declared_size(manifest, scale)
     (folder / "policy.yaml").write_text(
         _POLICY.format(
             modes=", ".join(terms.modes),
+            backbones=", ".join(terms.backbones),
             epsilon_limit=terms.epsilon_limit,
             epsilon_per_job=terms.epsilon_per_job,
             grades=json.dumps(scale.labels),
@@ -176,7 +194,7 @@ maximum_rounds: 500
 maximum_attempts: 3         # of one round; each is charged
 minimum_participants: 3     # with fewer, the sum says too much about each
 minimum_items: 50
-backbones: [tf_efficientnet_lite0]
+backbones: [{backbones}]
 grades: {grades}
 synthetic_ceiling: {synthetic_ceiling}     # of this recycler's own training photos
 """
