@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedgrade.errors import ModelRefused
 from fedgrade.model.head import head_inputs, scores
 from fedgrade.model.spec import ModelSpec
 from fedgrade.model.starting import uniform
@@ -26,7 +27,15 @@ class Adapter:
 
     @classmethod
     def changed(cls, spec: ModelSpec, change: npt.NDArray[np.float32]) -> "Adapter":
-        """The adapter of ``spec`` that is ``change`` [parameters] away from its public start; ``down`` comes first."""
+        """The adapter of ``spec`` that is ``change`` [parameters] away from its public start; ``down`` comes first.
+
+        Raises:
+            ModelRefused: ``change`` is of another length.
+        """
+        if change.shape != (spec.network_parameters,):
+            raise ModelRefused(
+                f"adapter: a change of shape {change.shape} does not fit {spec.network_parameters} parameters"
+            )
         shape = (spec.adapter_rank, spec.feature_dimensions)
         # Entries of variance 1 / rank: a projection that keeps lengths, on average.
         start = uniform(f"adapter {shape}", shape, bound=math.sqrt(3.0 / spec.adapter_rank)).astype(np.float64)

@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,7 +29,9 @@ from fedgrade.trust.canonical import digest as document_digest
 from fedgrade.trust.canonical import encode
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    Network = Callable[[Tensor], Tensor]
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -149,6 +151,23 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def one_by_one(network: "Network", batch: FeatureArray, *, device: str, dimensions: int) -> FeatureArray:
+    """Features [photos, dimensions] of ``batch`` [photos, 3, input, input] by a torch ``network`` on ``device``.
+
+    Guarantee: a photo's features depend on that photo alone: computed one photo at a time, by algorithms that repeat.
+    In a batch, last bits would depend on who else is in it.
+    """
+    import torch  # noqa: PLC0415
+
+    features = np.empty((len(batch), dimensions), dtype=np.float32)
+    repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with torch.inference_mode(), repeatable:
+        for position, photo in enumerate(batch):
+            alone = torch.from_numpy(photo[None].copy()).to(device)
+            features[position] = network(alone)[0].cpu().numpy()
+    return features
+
+
 class OnnxExtractor:
     """Features on the CPU by onnxruntime; agrees with torch to 1e-4.
 
@@ -174,18 +193,22 @@ class OnnxExtractor:
     def extract(self, batch: FeatureArray) -> FeatureArray:
         """Features [photos, dimensions] of ``batch`` [photos, 3, input, input].
 
+        Guarantee: a photo's features depend on that photo alone.
+
         Raises:
             ModelRefused: the batch has another shape or type.
         """
         _check_batch(batch, self._spec)
-        if not len(batch):
-            return np.empty((0, self.dimensions), dtype=np.float32)
-        (features,) = self._session.run(["features"], {"photos": batch})
-        return np.asarray(features, dtype=np.float32)
+        features = np.empty((len(batch), self.dimensions), dtype=np.float32)
+        # One by one, which is no slower here (83 photos a second on one core, 75 in batches of 32): in a batch, nothing
+        # would promise that a photo's last bits do not depend on who else is in it.
+        for position in range(len(batch)):
+            (features[position],) = self._session.run(["features"], {"photos": batch[position : position + 1]})[0]
+        return features
 
 
 class TorchExtractor:
-    """Features by torch, channels last, on the CPU or a GPU.
+    """Features by torch, on the CPU or a GPU.
 
     Attributes:
         digest: of preprocessing, weights, input size and pooling.
@@ -193,10 +216,7 @@ class TorchExtractor:
     """
 
     def __init__(self, spec: ModelSpec, backbone: "nn.Module", *, device: Literal["cpu", "cuda"], threads: int) -> None:
-        import torch  # noqa: PLC0415
-
-        self._torch = torch
-        self._backbone = backbone.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._backbone = backbone.to(device=device)
         self._device = device
         self._threads = threads
         self._spec = spec
@@ -210,21 +230,14 @@ class TorchExtractor:
     def extract(self, batch: FeatureArray) -> FeatureArray:
         """Features [photos, dimensions] of ``batch`` [photos, 3, input, input].
 
+        Guarantee: a photo's features depend on that photo alone; see :func:`one_by_one`.
+
         Raises:
             ModelRefused: the batch has another shape or type.
         """
         _check_batch(batch, self._spec)
-        if not len(batch):
-            return np.empty((0, self.dimensions), dtype=np.float32)
         with torch_threads(self._threads):
-            return self._run(batch)
-
-    def _run(self, batch: FeatureArray) -> FeatureArray:
-        torch = self._torch
-        with torch.inference_mode():
-            photos = torch.from_numpy(batch).to(self._device, memory_format=torch.channels_last)
-            features: FeatureArray = self._backbone(photos).cpu().numpy()
-        return features
+            return one_by_one(self._backbone, batch, device=self._device, dimensions=self.dimensions)
 
 
 def extractor(spec: ModelSpec, *, cache: Path, device: Device, threads: int) -> OnnxExtractor | TorchExtractor:

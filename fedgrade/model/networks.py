@@ -14,7 +14,7 @@ from torch import nn
 
 from fedgrade.errors import ModelRefused
 from fedgrade.model.adapter import Adapter
-from fedgrade.model.backbones import Compute, starting_network, torch_device, torch_threads
+from fedgrade.model.backbones import Compute, one_by_one, starting_network, torch_device, torch_threads
 from fedgrade.model.head import BIAS_FEATURE
 from fedgrade.model.pooling import pooled
 from fedgrade.model.preprocessing import FeatureArray
@@ -133,16 +133,10 @@ class TrainedExtractor:
     def extract(self, batch: FeatureArray) -> FeatureArray:
         """Features [photos, dimensions] of ``batch`` [photos, 3, input, input].
 
-        Guarantee: a photo's features depend on that photo alone. They are computed one photo at a time, by algorithms
-        that repeat: in a batch, the last bits would depend on who else is in it.
+        Guarantee: a photo's features depend on that photo alone.
         """
-        features = np.empty((len(batch), self.dimensions), dtype=np.float32)
-        repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-        with torch.inference_mode(), repeatable, torch_threads(self._threads):
-            for position, photo in enumerate(batch):
-                alone = torch.from_numpy(np.ascontiguousarray(photo[None])).to(self._device)
-                features[position] = self._module.features(alone)[0].cpu().numpy()
-        return features
+        with torch_threads(self._threads):
+            return one_by_one(self._module.features, batch, device=self._device, dimensions=self.dimensions)
 
 
 def item_module(spec: ModelSpec, *, thresholds: FloatArray, centre: FloatArray, change: FeatureArray) -> nn.Module:

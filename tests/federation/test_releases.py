@@ -8,8 +8,9 @@ import pytest
 from fedgrade.data.manifest import Split, read_manifest
 from fedgrade.federation.payloads import Head
 from fedgrade.federation.releases import SiteRows, _padded, confusion_sum, feature_sum, gradient_sum, load_rows
+from fedgrade.grading import decide
 from fedgrade.job import TrainingJob, plan_job
-from fedgrade.model.head import head_inputs
+from fedgrade.model.head import grade_probabilities, head_inputs, scores
 from fedgrade.trust.records import DiscreteGaussian
 from tests.federation.small_federation import (
     DECLARED,
@@ -52,28 +53,50 @@ def decided(job, head, rows):
     return np.round(cells / MECHANISM.sensitivity).astype(int)
 
 
+NEIGHBOURS = 60
+
+
+def decided_by(multiplied, head, inputs):
+    """Grades [photos] by scores that ``multiplied`` makes of inputs and weights."""
+    return decide(grade_probabilities(np.eye(2), multiplied(inputs, head.thresholds.T)), SPEC.grading)
+
+
+def near_tie(inputs, rng):
+    """A head for which selling the item of ``inputs`` as B or as C costs the same, but for last bits.
+
+    Both thresholds alike leave A with 2/3 and C with 1/3: B costs 2/3 + 2 * 1/3, C costs 2 * 2/3.
+    """
+    direction = rng.normal(size=DIMENSIONS + 1)
+    for _ in range(3):
+        direction[-1] += (np.log(0.5) - scores(direction[None], inputs[None])[0, 0]) / inputs[-1]
+    return Head(thresholds=np.stack([direction, direction]), centre=np.zeros(DIMENSIONS))
+
+
+def near_ties():
+    rng = np.random.default_rng(1)
+    features = np.abs(rng.normal(size=(NEIGHBOURS, DIMENSIONS)))
+    inputs = head_inputs(features, np.zeros(DIMENSIONS))
+    return features, inputs, [near_tie(row, rng) for row in inputs]
+
+
 def test_no_neighbour_flips_a_near_tie():
-    """Items an ulp from a border, each alone and among neighbours: their decisions are the same."""
-    job, rng = job_of(), np.random.default_rng(1)
-    features = np.abs(rng.normal(size=(61, DIMENSIONS)))
-    centre = np.zeros(DIMENSIONS)
-    inputs = head_inputs(features, centre)
-    flips = 0
-    for item in range(60):
-        # Both thresholds at the point where selling as B and as C cost the same, up to the last bits.
-        direction = rng.normal(size=DIMENSIONS + 1)
-        direction[-1] -= inputs[item] @ direction / inputs[item, -1]
-        head = Head(thresholds=np.stack([direction, direction]), centre=centre)
-        alone = decided(job, head, rows_of(features[item : item + 1], [1], [0]))
-        among = decided(job, head, rows_of(features, [1] * 61, [0] * 61))
-        others = sum(
-            decided(job, head, rows_of(features[other : other + 1], [1], [0])) for other in range(61) if other != item
-        )
-        assert (among == alone + others).all()
-        by_product = inputs @ head.thresholds.T
-        flips += not np.array_equal(by_product[item], (inputs[item : item + 1] @ head.thresholds.T)[0])
-    # Not idle: in matrix products, neighbours do change an item's last bits.
-    assert flips > 0
+    """Each item an ulp from a border, alone and among neighbours: what is decided about it is the same."""
+    job, (features, _, heads) = job_of(), near_ties()
+    for item, head in enumerate(heads):
+        others = np.arange(NEIGHBOURS) != item
+        alone = decided(job, head, rows_of(features[[item]], [1], [0]))
+        among = decided(job, head, rows_of(features, [1] * NEIGHBOURS, [0] * NEIGHBOURS))
+        rest = decided(job, head, rows_of(features[others], [1] * (NEIGHBOURS - 1), [0] * (NEIGHBOURS - 1)))
+        np.testing.assert_array_equal(among - rest, alone)
+
+
+def test_in_a_matrix_product_neighbours_do_flip_near_ties():
+    _, inputs, heads = near_ties()
+    flipped = sum(
+        decided_by(np.matmul, head, inputs)[item] != decided_by(np.matmul, head, inputs[[item]])[0]
+        for item, head in enumerate(heads)
+    )
+    assert flipped > 0
 
 
 def test_one_item_more_adds_one_decision_and_changes_none():

@@ -187,6 +187,11 @@ def test_a_change_of_another_length_is_refused():
         NetworkAndHead(NORMS, thresholds=np.zeros((1, 1281)), centre=np.zeros(1280), change=np.zeros(3, np.float32))
 
 
+def test_an_adapters_change_of_another_length_is_refused():
+    with pytest.raises(ModelRefused, match=r"a change of shape \(3,\) does not fit 10240 parameters"):
+        Adapter.changed(ADAPTER, np.zeros(3, dtype=np.float32))
+
+
 def test_another_starting_point_is_refused():
     with pytest.raises(ModelRefused, match="is not that of resnet10t_gn's starting point"):
         build_backbone(replace(NETWORK, weights_digest="0" * 64))

@@ -11,12 +11,13 @@ from functools import cache
 import numpy as np
 import torch
 
+from fedgrade.errors import ModelRefused
 from fedgrade.federation.canaries import CanaryTrial, audit_job, canary_scores
 from fedgrade.federation.messages import Contribution, Refusal
 from fedgrade.federation.payloads import Head
-from fedgrade.federation.releases import SiteRows, gradient_sum
+from fedgrade.federation.releases import SiteRows, _item_photos, gradient_sum
 from fedgrade.items import ItemBatch
-from fedgrade.model.networks import PhotoLinear
+from fedgrade.model.networks import PhotoLinear, item_module
 from fedgrade.model.pooling import PooledBackbone
 from fedgrade.privacy import audit
 from fedgrade.privacy.plan import DistributedSpec
@@ -36,6 +37,7 @@ SITE = NAMES[0]
 ROUNDS, CANARIES = 4, 300
 FEATURES = 4  # of a head's input, in the checks of local_sgd
 CLIP, LEARNING_RATE = 0.5, 0.1
+NORMS = replace(SPEC.model, trainable="norms", input_size=64)
 MECHANISM = DiscreteGaussian(sensitivity=2**20, scale=1)
 
 
@@ -140,6 +142,36 @@ def batches_are_as_random_as_the_amplification_claims(place):
     binomial = np.sqrt(expected_batch * (1 - float(rate)))
     assert abs(sizes.mean() - expected_batch) <= 5 * binomial / np.sqrt(runs)
     assert abs(sizes.std() / binomial - 1) <= 5 / np.sqrt(2 * runs)
+
+
+def one_item_of_many_photos_moves_a_networks_update_by_at_most_the_clip(place):
+    del place
+    rows = _photo_rows(photos=[1, 4])
+    update = train_by_sgd(_norms(), _item_photos(rows, NORMS), _recipe(rate=Fraction(1), steps=1))
+    assert np.linalg.norm(update) <= LEARNING_RATE * CLIP * 2 * 1.01, "there are two items"
+
+
+def training_norms_leaves_their_statistics_alone(place):
+    """The product looks for itself and refuses; here, that it had nothing to refuse."""
+    del place
+    try:
+        train_by_sgd(_norms(), _item_photos(_photo_rows(photos=[1, 1]), NORMS), _recipe(rate=Fraction(1), steps=1))
+    except ModelRefused as refused:
+        raise AssertionError(str(refused)) from refused
+
+
+def _norms():
+    thresholds, centre = np.full((1, NORMS.feature_dimensions + 1), 10.0), np.zeros(NORMS.feature_dimensions)
+    change = np.zeros(NORMS.network_parameters, dtype=np.float32)
+    return item_module(NORMS, thresholds=thresholds, centre=centre, change=change)
+
+
+def _photo_rows(*, photos):
+    pixels = np.random.default_rng(0).normal(size=(sum(photos), 3, NORMS.input_size, NORMS.input_size))
+    return replace(
+        _rows(np.zeros((sum(photos), NORMS.feature_dimensions)), photos=photos),
+        opened=lambda numbers: pixels[numbers].astype(np.float32),
+    )
 
 
 def _update(inputs, recipe):

@@ -1,6 +1,7 @@
 """Every known way to get privacy wrong, applied to the real code, and the check that catches it: docs/mutants.md."""
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fedgrade.federation.charging import Charging
 from fedgrade.federation.outbox import Outbox
 from fedgrade.items import ItemBatch
 from fedgrade.model.head import head_inputs
+from fedgrade.model.networks import FrozenBatchNorm
 from fedgrade.model.pooling import PooledBackbone
 from fedgrade.privacy import grid
 from fedgrade.privacy.budget import Spending
@@ -31,6 +33,8 @@ CHECKS = [
     checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch,
     checks.one_item_moves_an_update_by_at_most_the_clip,
     checks.an_item_that_is_not_a_number_does_not_poison_an_update,
+    checks.one_item_of_many_photos_moves_a_networks_update_by_at_most_the_clip,
+    checks.training_norms_leaves_their_statistics_alone,
     checks.batches_are_as_random_as_the_amplification_claims,
     checks.photos_leave_no_trace_in_the_backbone,
     checks.charges_add_up_over_rounds_jobs_and_restarts,
@@ -116,7 +120,8 @@ def _unclipped(rows, *, max_norm, mechanism):
 def clip_not_applied_to_updates(patch):
     def unclipped(optimizer):
         for parameter in optimizer.params:
-            parameter.summed_grad = parameter.grad_sample.sum(dim=0).to(parameter.dtype)
+            added = parameter.grad_sample.sum(dim=0).to(parameter.dtype)
+            parameter.summed_grad = added if parameter.summed_grad is None else parameter.summed_grad + added
 
     def every_item_whole(module):
         return torch.ones_like(module.get_norm_sample())
@@ -164,6 +169,20 @@ def batches_shuffled(patch):
 
 def batch_norm_in_train_mode(patch):
     patch.setattr(PooledBackbone, "train", nn.Module.train)
+
+
+def statistics_of_trained_norms_in_train_mode(patch):
+    patch.setattr(FrozenBatchNorm, "train", nn.Module.train)
+
+
+def photos_of_a_network_counted_as_items(patch):
+    honest = checks._item_photos
+
+    def each_photo_an_item(rows, model):
+        alone = replace(rows, item_index=np.arange(len(rows.item_index)), grades=rows.grades[rows.item_index])
+        return honest(alone, model)
+
+    patch.setattr(checks, "_item_photos", each_photo_an_item)
 
 
 def photos_counted_as_items(patch):
@@ -221,6 +240,15 @@ MUTANTS = [
     (floating_seed_reused, checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch),
     (empty_batch_skipped, checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch),
     (batch_norm_in_train_mode, checks.photos_leave_no_trace_in_the_backbone),
+    (statistics_of_trained_norms_in_train_mode, checks.training_norms_leaves_their_statistics_alone),
+    (
+        clip_not_applied_to_updates,
+        checks.one_item_of_many_photos_moves_a_networks_update_by_at_most_the_clip,
+    ),
+    (
+        photos_of_a_network_counted_as_items,
+        checks.one_item_of_many_photos_moves_a_networks_update_by_at_most_the_clip,
+    ),
     (fresh_accountant_each_round, checks.charges_add_up_over_rounds_jobs_and_restarts),
     (resend_with_fresh_noise, checks.a_request_asked_twice_gets_the_same_bytes),
     (resend_forgotten, checks.a_request_asked_twice_gets_the_same_bytes),
