@@ -39,12 +39,12 @@ class AttackPower:
 
 
 def random_halves(models: int, items: int, rng: np.random.Generator) -> BoolArray:
-    """Who is shown to whom [models, items]: each item to exactly half of the models, items independently.
+    """Who is shown to whom [models, items]: a coin each.
 
-    In one model an item's own membership therefore says nothing about anyone else's, as the bound assumes.
+    In one model an item's own membership then says nothing about anyone else's, as the bound assumes; and nothing about
+    its membership in other models, which shadows know: with each item in exactly half of the models it would.
     """
-    order = rng.permuted(np.tile(np.arange(models)[:, None], (1, items)), axis=0)
-    return np.asarray(order < models // 2)
+    return np.asarray(rng.random((models, items)) < 0.5)
 
 
 def attack_scores(confidences: FloatArray, members: BoolArray) -> FloatArray:
@@ -93,9 +93,11 @@ def _target_scores(confidences: FloatArray, members: BoolArray, target: int) -> 
 
 def _log_likelihood(found: FloatArray, seen: FloatArray, chosen: BoolArray) -> FloatArray:
     """Of ``found`` [items] under normals fitted to the ``chosen`` [models, items] of ``seen``; [items]."""
-    models = chosen.sum(axis=0)
+    models = np.maximum(chosen.sum(axis=0), 1)
     mean = np.where(chosen, seen, 0.0).sum(axis=0) / models
-    variance = (np.where(chosen, seen - mean, 0.0) ** 2).sum() / (models - 1).sum()
+    shared = (np.where(chosen, seen - mean, 0.0) ** 2).sum() / (models - 1).sum()
+    # A mean of few models is itself uncertain; else items that were seen by few would stand out for that.
+    variance = shared * (1 + 1 / models)
     return np.asarray(-0.5 * ((found - mean) ** 2 / variance + np.log(variance)))
 
 

@@ -11,12 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedgrade.federation import releases, rounds
-from fedgrade.federation.conversation import Gathered
 from fedgrade.federation.payloads import Head, read_release
 from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.job import JobSpec, TrainingJob, plan_job
@@ -50,6 +50,13 @@ class Shadow:
     epsilon: float | None
     items: Items
     members: BoolArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Releases:
+    """All that a step reads of what a stage gathered; receipts are for ledgers, and there are none here."""
+
+    releases: dict[SiteId, npt.NDArray[Any]]
 
 
 def job_at(spec: JobSpec, epsilon: float | None, *, declared: int) -> TrainingJob:
@@ -92,8 +99,7 @@ def trained(shadow: Shadow) -> Head:
             head = rounds._head(job, state, stage)
             raw = compute_release(job, stage.purpose, head, site=SITE, rows=lambda _: rows)
             release = read_release(raw, job, stage.purpose, site=SITE)
-            gathered = Gathered(releases={SITE: release}, receipts={}, tensors={SITE: raw})
-            state = rounds._advance(job, state, stage, gathered)
+            state = rounds._advance(job, state, stage, Releases(releases={SITE: release}))
     return rounds._final_head(job, state)
 
 
