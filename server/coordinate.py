@@ -1,7 +1,7 @@
 """A coordinator's folder, and the run of the job that lies in it. The same for a deployment, a simulation, a process.
 
-The folder: ``roster.json``; ``coordinator/`` with its key, its ledger, the sealed job that is on and the progress of
-it; ``jobs/<job>/`` with checkpoint, receipts and release.
+The folder: ``roster.json``; ``coordinator/`` with its key, its ledger, what it saw of others' ledgers, the sealed job
+that is on and the progress of it; ``jobs/<job>/`` with checkpoint, receipts and release.
 """
 
 import json
@@ -15,6 +15,7 @@ from fedgrade.errors import JobRefused
 from fedgrade.federation.conversation import Cohort
 from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
 from fedgrade.federation.store import RunStore, write_durably
+from fedgrade.federation.witness import Witness
 from fedgrade.job import TrainingJob
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
@@ -45,6 +46,11 @@ class CoordinatorFolder:
     def ledger(self) -> Path:
         """The coordinator's own ledger."""
         return self.root / "coordinator" / "ledger.jsonl"
+
+    @property
+    def witnessed(self) -> Path:
+        """The newest head of each site's ledger that the coordinator has seen."""
+        return self.root / "coordinator" / "witnessed"
 
     @property
     def current_job(self) -> Path:
@@ -102,7 +108,7 @@ def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[P
     job, key = folder.read_job(), SigningKey.load(folder.key)
     coordinator = Coordinator(
         key=key,
-        roster=folder.read_roster(),
+        witness=Witness(folder.witnessed, roster=folder.read_roster()),
         clock=lambda: datetime.now(UTC),
         report=report,
         deadline_seconds=STAGE_DEADLINE_SECONDS,

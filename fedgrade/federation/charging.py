@@ -17,8 +17,10 @@ from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_withi
 from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.ledger import Appended, Entry, LedgerWriter
 from fedgrade.trust.records import (
+    COORDINATOR,
     Abort,
     AccountKey,
+    Checkpoint,
     Commit,
     DatasetOpened,
     Mechanism,
@@ -27,6 +29,7 @@ from fedgrade.trust.records import (
     Purpose,
     Reserve,
 )
+from fedgrade.trust.transparency import TreeHead
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class Charging:
         self._plans: dict[str, PlanAccepted] = {}
         self._attempts: dict[tuple[str, tuple[int, int]], int] = {}
         self._latest: dict[str, tuple[int, int]] = {}
+        self._checkpoint = ""
 
     @classmethod
     def open(cls, path: Path, *, site: SiteId, key: SigningKey, clock: Clock) -> Self:
@@ -144,6 +148,39 @@ class Charging:
         if job_digest not in self._plans:
             raise MessageRefused(f"job {job_digest[:16]}: was never admitted by this site; send it first")
         return self._plans[job_digest]
+
+    @property
+    def sealed_head(self) -> str:
+        """Where this ledger stands, signed by the site."""
+        return self._writer.sealed_head(owner=self._site).decode()
+
+    @property
+    def checkpoint(self) -> str:
+        """The newest head of the coordinator's ledger on record, as it sealed it; empty before the first."""
+        return self._checkpoint
+
+    def require_begins_with(self, seen: TreeHead) -> None:
+        """Return if this ledger is the one that ``seen`` is a head of, with nothing but entries added at its end.
+
+        Raises:
+            LedgerBroken: it is an older copy, or another history.
+        """
+        tree = self._writer.tree
+        if tree.entries < seen.entries or tree.root(seen.entries).hex() != seen.root:
+            raise LedgerBroken(
+                f"ledger {self._writer.path}: has {tree.entries} entries, and the coordinator has seen {seen.entries} "
+                f"of it under root {seen.root[:16]}: this is an older copy, or was rewritten; restore the newest copy; "
+                "nothing was charged"
+            )
+
+    def growth_since(self, entries: int) -> tuple[str, ...]:
+        """The proof, in hexadecimal, that this ledger begins with its first ``entries`` entries."""
+        return tuple(node.hex() for node in self._writer.tree.consistency(older=entries))
+
+    def witness(self, sealed_head: str) -> None:
+        """Record where the coordinator's ledger stands, unless that is on record."""
+        if sealed_head != self._checkpoint:
+            self._append(Checkpoint(owner=COORDINATOR, head=sealed_head))
 
     def account(self, dataset: DatasetOpened, *, partition: Partition) -> AccountKey:
         """The account that pays for releases about one side of one cohort."""
@@ -263,7 +300,7 @@ class Charging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _append(self, body: DatasetOpened | PlanAccepted | Reserve | Commit | Abort) -> Appended:
+    def _append(self, body: DatasetOpened | PlanAccepted | Reserve | Commit | Abort | Checkpoint) -> Appended:
         appended = self._writer.append(body, now=self._clock())
         self._fold(body)
         return appended
@@ -282,5 +319,7 @@ class Charging:
                 ask = Ask(job=body.job, purpose=body.purpose, round_index=body.round_index, attempt=body.attempt)
                 self._attempts[body.job, ask.stage] = body.attempt
                 self._latest[body.job] = ask.stage
+            case Checkpoint():
+                self._checkpoint = body.head
             case _:
                 pass

@@ -27,12 +27,13 @@ from fedgrade.federation.messages import (
     write_message,
 )
 from fedgrade.federation.payloads import read_release
+from fedgrade.federation.witness import Witness
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import seal
-from fedgrade.trust.identity import Roster, SigningKey, SiteId
-from fedgrade.trust.ledger import open_receipt
-from fedgrade.trust.records import Commit, Purpose
+from fedgrade.trust.identity import SigningKey, SiteId
+from fedgrade.trust.ledger import Entry, open_receipt
+from fedgrade.trust.records import Commit, LedgerState, Purpose
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,14 @@ class Cohort(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """What one stage brought: verified releases, the bytes that each was read from, and each one's receipt."""
+    """What one stage brought: verified releases, the bytes that each was read from, and each one's receipt.
+
+    ``ledgers`` is where the ledger of each site stood right after its receipt.
+    """
 
     releases: dict[SiteId, npt.NDArray[Any]]
     receipts: dict[SiteId, bytes]
+    ledgers: dict[SiteId, LedgerState]
     tensors: dict[SiteId, bytes]
 
 
@@ -59,31 +64,45 @@ class Conversation:
     """One job's exchanges with the sites that take part; who refused stays out."""
 
     def __init__(
-        self, job: TrainingJob, cohort: Cohort, key: SigningKey, roster: Roster, deadline_seconds: float
+        self, job: TrainingJob, cohort: Cohort, key: SigningKey, witness: Witness, deadline_seconds: float
     ) -> None:
         self._job = job
         self._cohort = cohort
         self._key = key
-        self._roster = roster
+        self._witness = witness
         self._deadline_seconds = deadline_seconds
         self._active: tuple[SiteId, ...] = job.participants
-        self._refusals: dict[SiteId, Refusal] = {}
+        self._stood: dict[SiteId, LedgerState] = {}
+        self._out: dict[SiteId, str] = {}
+        self._unable: dict[SiteId, str] = {}
 
-    def admit(self) -> None:
-        """Show the sealed job to every participant; those that refuse stay out.
+    def admit(self, ledger: str, *, stood: Mapping[SiteId, LedgerState]) -> None:
+        """Show the sealed job to every participant; who refuses, or whose ledger was rewritten, stays out.
+
+        Args:
+            ledger: the sealed head of the coordinator's own ledger.
+            stood: where the ledgers of sites stood after what they answered in this job before.
 
         Raises:
-            RoundFailed: too few take part; names who refused and why.
+            RoundFailed: too few take part; names who stays out and why.
+            LedgerBroken: what is kept of a site's ledger does not verify.
         """
-        body = AdmitRequest(job_envelope=seal(self._job, self._key).decode())
-        admitted: set[SiteId] = set()
+        self._stood.update(stood)
+        envelope, admitted = seal(self._job, self._key).decode(), set[SiteId]()
         for _ in range(1 + RESENDS):
-            silent = {site: self._request(site, body) for site in self._active if site not in admitted}
+            silent = {
+                site: self._request(
+                    site, AdmitRequest(job_envelope=envelope, seen=self._witness.seen(site), ledger=ledger)
+                )
+                for site in self._active
+                if site not in admitted
+            }
             for site, reply in self._exchange(silent).items():
-                if isinstance(reply.document.body, Admitted):
+                if isinstance(reply.document.body, Admitted) and self._watched(site, reply.document.body):
                     admitted.add(site)
             if admitted.issuperset(self._active):
                 break
+        self._out.update(self._unable)
         self._active = tuple(site for site in self._active if site in admitted)
         self._require_enough(len(admitted), what="admission")
 
@@ -98,7 +117,7 @@ class Conversation:
         Raises:
             RoundFailed: fewer than ``aggregation.minimum_sites`` answered with something that verifies.
         """
-        gathered = Gathered(releases={}, receipts={}, tensors={})
+        gathered = Gathered(releases={}, receipts={}, ledgers={}, tensors={})
         attempts = dict.fromkeys(self._active, 0)
         for _ in range(1 + RESENDS):
             asked = {
@@ -126,7 +145,7 @@ class Conversation:
         replies: dict[SiteId, Opened[Reply]] = {}
         for site, raw in self._cohort.ask(requests, deadline_seconds=self._deadline_seconds).items():
             try:
-                reply = read_message(raw, as_=Reply, signed_by=self._roster.key_of(site))
+                reply = read_message(raw, as_=Reply, signed_by=self._witness.roster.key_of(site))
                 if reply.document.site != site or reply.document.request_digest != digest(requests[site]):
                     raise MessageRefused(f"reply of {reply.document.site} answers something else")
             except (FedgradeError, KeyError) as error:
@@ -135,33 +154,47 @@ class Conversation:
             body = reply.document.body
             if isinstance(body, Refusal) and body.code == "ledger":
                 # A full disk was nobody's decision: nothing was released, and space may be back by the next question.
-                logger.warning("site %s cannot write its ledger, counted as silent: %s", site, body.reason)
+                logger.warning("site %s cannot use its ledger, counted as silent: %s", site, body.reason)
+                self._unable[site] = f"refused (ledger): {body.reason}"
                 continue
             replies[site] = reply
+            self._unable.pop(site, None)
             if isinstance(body, Refusal) and body.code != "spent":
-                logger.warning("site %s refused (%s): %s", site, body.code, body.reason)
-                self._refusals[site] = body
-                self._active = tuple(active for active in self._active if active != site)
+                self._put_out(site, f"refused ({body.code}): {body.reason}")
         return replies
 
-    def _accept(self, gathered: Gathered, site: SiteId, reply: Opened[Reply], body: Contribution, attempt: int) -> None:
-        """Keep the contribution if its receipt vouches for exactly these bytes and this place in the job."""
+    def _watched(self, site: SiteId, body: Admitted) -> bool:
+        """Whether the ledger of ``site`` only grew since it was seen last; if not, the site stays out."""
         try:
-            entry = open_receipt(body.receipt.encode(), key=self._roster.key_of(site)).body
-            place = (self._job.digest, body.purpose, body.round_index, body.attempt)
-            if not isinstance(entry, Commit) or place != (
-                entry.job,
-                entry.purpose,
-                entry.round_index,
-                entry.attempt,
-            ):
-                raise MessageRefused("the receipt is for another place in the job")
-            if entry.message_digest != digest(reply.tensors) or body.attempt != attempt:
-                raise MessageRefused("the receipt is for another release")
+            self._witness.admit(site, body)
+        except FedgradeError as error:
+            self._put_out(site, f"stays out: {error}")
+            return False
+        return True
+
+    def _put_out(self, site: SiteId, why: str) -> None:
+        logger.warning("site %s %s", site, why)
+        self._out[site] = why
+        self._active = tuple(active for active in self._active if active != site)
+
+    def _accept(self, gathered: Gathered, site: SiteId, reply: Opened[Reply], body: Contribution, attempt: int) -> None:
+        """Keep the contribution if its receipt vouches for exactly these bytes and this place in the job.
+
+        A site whose ledger does not go on from where it stood stays out from here on.
+        """
+        try:
+            entry = open_receipt(body.receipt.encode(), key=self._witness.roster.key_of(site))
+            _require_receipt(entry, body, job=self._job.digest, attempt=attempt, tensors=reply.tensors)
             release = read_release(reply.tensors, self._job, body.purpose, site=site)
         except FedgradeError as error:
             logger.warning("site %s: contribution discarded: %s", site, error)
             return
+        try:
+            state = self._witness.receive(site, body, sequence=entry.sequence, stood=self._stood.get(site))
+        except FedgradeError as error:
+            self._put_out(site, f"stays out: {error}")
+            return
+        self._stood[site] = gathered.ledgers[site] = state
         gathered.releases[site] = np.asarray(release)
         gathered.receipts[site] = body.receipt.encode()
         gathered.tensors[site] = reply.tensors
@@ -173,13 +206,20 @@ class Conversation:
     def _require_enough(self, answered: int, *, what: str) -> None:
         wanted = self._job.spec.aggregation.minimum_sites
         if answered < wanted:
-            reasons: dict[tuple[str, str], list[SiteId]] = {}
-            for site, refusal in self._refusals.items():
-                reasons.setdefault((refusal.code, refusal.reason), []).append(site)
-            refusals = "; ".join(
-                f"{', '.join(who)} refused ({code}): {reason}" for (code, reason), who in reasons.items()
-            )
+            reasons: dict[str, list[SiteId]] = {}
+            for site, why in {**self._unable, **self._out}.items():
+                reasons.setdefault(why, []).append(site)
+            named = "; ".join(f"{', '.join(who)} {why}" for why, who in reasons.items())
             raise RoundFailed(
-                f"{what}: {answered} sites answered, aggregation.minimum_sites is {wanted}"
-                + (f"; {refusals}" if refusals else "; the others stayed silent")
+                f"{what}: {answered} sites answered, aggregation.minimum_sites is {wanted}; "
+                + (named or "the others stayed silent")
             )
+
+
+def _require_receipt(entry: Entry, body: Contribution, *, job: str, attempt: int, tensors: bytes) -> None:
+    """Return if the ledger line ``entry`` is the charge for ``tensors`` at the place that ``body`` answers for."""
+    commit, place = entry.body, (job, body.purpose, body.round_index, body.attempt)
+    if not isinstance(commit, Commit) or place != (commit.job, commit.purpose, commit.round_index, commit.attempt):
+        raise MessageRefused("the receipt is for another place in the job")
+    if commit.message_digest != digest(tensors) or body.attempt != attempt:
+        raise MessageRefused("the receipt is for another release")

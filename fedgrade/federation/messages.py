@@ -27,10 +27,17 @@ RefusalCode = Literal["malformed", "policy", "budget", "stale", "spent", "data",
 
 @dataclass(frozen=True, kw_only=True)
 class AdmitRequest:
-    """Read this sealed job; take part or refuse. Spends nothing."""
+    """Read this sealed job; take part or refuse. Spends nothing.
+
+    ``seen`` is the newest head of the site's own ledger that the coordinator holds, as the site sealed it, or empty if
+    it holds none; ``ledger`` is the sealed head of the coordinator's ledger. Either side can tell by them whether the
+    other is where it was. They travel here alone: a request for a release must be the same bytes after a crash.
+    """
 
     kind: Literal["admit"] = "admit"
     job_envelope: str
+    seen: str
+    ledger: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +62,30 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """The site takes part."""
+    """The site takes part.
+
+    ``head`` is the sealed head of its ledger as it now stands, and ``consistency`` the proof, in hexadecimal, that
+    nothing but entries at its end was added since the head that the coordinator had ``seen``.
+    """
 
     kind: Literal["admitted"] = "admitted"
+    head: str
+    consistency: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """The release travels behind this document; ``receipt`` is the signed ledger line that says what it cost."""
+    """The release travels behind this document; ``receipt`` is the signed ledger line that says what it cost.
+
+    ``head`` is the sealed head of the ledger whose last line is that receipt.
+    """
 
     kind: Literal["contribution"] = "contribution"
     purpose: Purpose
     round_index: int
     attempt: int
     receipt: str
+    head: str
 
 
 @dataclass(frozen=True, kw_only=True)

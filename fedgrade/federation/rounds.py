@@ -6,7 +6,7 @@ either.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -27,12 +27,13 @@ from fedgrade.federation.conversation import Cohort, Conversation, Gathered
 from fedgrade.federation.payloads import Head, write_head
 from fedgrade.federation.release import ModelRelease, publish
 from fedgrade.federation.store import RunState, RunStore
+from fedgrade.federation.witness import Witness
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.grid import from_grid
 from fedgrade.trust.canonical import digest
-from fedgrade.trust.identity import Roster, SigningKey, SiteId
+from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.ledger import Entry, LedgerWriter
-from fedgrade.trust.records import DiscreteGaussian, Purpose, Released, RoundClosed
+from fedgrade.trust.records import COORDINATOR, DiscreteGaussian, LedgerState, Purpose, Released, RoundClosed
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinator:
-    """The coordinator's identity, clock and way to report; ``deadline_seconds`` bounds the wait for one stage."""
+    """The coordinator's identity, what it saw of others' ledgers, its clock and its way to report.
+
+    ``deadline_seconds`` bounds the wait for one stage.
+    """
 
     key: SigningKey
-    roster: Roster
+    witness: Witness
     clock: Callable[[], datetime]
     report: Callable[[Progress], None]
     deadline_seconds: float
@@ -83,10 +87,10 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     Raises:
         RoundFailed: fewer sites than ``aggregation.minimum_sites`` answered; the checkpoint before it stands.
     """
-    conversation = Conversation(job, cohort, coordinator.key, coordinator.roster, coordinator.deadline_seconds)
-    conversation.admit()
+    conversation = Conversation(job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds)
     state = store.load(job) or _start(job)
     stages = stages_of(job)
+    conversation.admit(log.sealed_head, stood=log.stood(job, stages[: state.next_stage]))
     for index in range(state.next_stage, len(stages)):
         stage, head = stages[index], _head(job, state, stages[index])
         # A crash between ledger and checkpoint leaves a stage that is closed already: only its own sites are asked.
@@ -123,8 +127,21 @@ class RoundLog:
         """The log whose ledger ``writer_of`` opens, replaying it into the observer that it is given."""
         log = cls()
         log._writer = writer_of(log._observe)
-        log._writer.start(owner=SiteId("coordinator"), role="coordinator", now=now)
+        log._writer.start(owner=COORDINATOR, role="coordinator", now=now)
         return log
+
+    @property
+    def sealed_head(self) -> str:
+        """Where this ledger stands, signed by the coordinator."""
+        return self._writer.sealed_head(owner=COORDINATOR).decode()
+
+    def stood(self, job: TrainingJob, stages: Iterable[Stage]) -> dict[SiteId, LedgerState]:
+        """Where the ledger of each site stood after the last of ``stages`` that it answered."""
+        stood: dict[SiteId, LedgerState] = {}
+        for stage in stages:
+            if closed := self._closed.get((job.digest, stage.purpose, stage.round_index)):
+                stood.update(closed.ledgers)
+        return stood
 
     def answered(self, job: TrainingJob, stage: Stage) -> tuple[SiteId, ...]:
         """Whose receipts closed this stage; nobody's if it is still open."""
@@ -145,6 +162,7 @@ class RoundLog:
             attempt=0,
             purpose=stage.purpose,
             receipts={site: digest(line) for site, line in sorted(gathered.receipts.items())},
+            ledgers=dict(sorted(gathered.ledgers.items())),
             weights_before=digest(write_head(before)),
             weights_after=digest(write_head(after)),
         )

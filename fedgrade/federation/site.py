@@ -43,11 +43,13 @@ from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.payloads import read_head
 from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
 from fedgrade.federation.releases import SiteRows, compute_release, load_rows
+from fedgrade.federation.witness import require_growth
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SigningKey, SiteId
 from fedgrade.trust.records import AccountKey, Partition
+from fedgrade.trust.transparency import open_head
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ class Site:
         opened = self._read_job(body.job_envelope)
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
+        seen = self._require_watched(body)
         accounts = self._affordable(opened)
         self._data.photos.prepare(opened.job.spec.model, opened.holdings.photos)
         for cohort, holding in opened.holdings.cohorts.items():
@@ -130,9 +133,20 @@ class Site:
         for holding in opened.holdings.cohorts.values():
             self._charging.open_dataset(holding.dataset)
         self._charging.accept(opened.job, envelope=body.job_envelope, accounts=accounts)
+        self._charging.witness(body.ledger)
         self._jobs = {opened.job.digest: opened}
         logger.info("job %s admitted, epsilon %s planned", opened.job.spec.name, opened.job.spec.privacy.target_epsilon)
-        return self._reply(Admitted(), request_digest)
+        admitted = Admitted(head=self._charging.sealed_head, consistency=self._charging.growth_since(seen))
+        return self._reply(admitted, request_digest)
+
+    def _require_watched(self, body: AdmitRequest) -> int:
+        """Return if neither ledger was rolled back since the other side saw it; how many entries of this one it saw."""
+        require_growth(body.ledger, standing=self._charging.checkpoint, coordinator=self._identity.roster.coordinator)
+        if not body.seen:
+            return 0
+        seen = open_head(body.seen.encode(), owner=self._identity.site, signed_by=self._identity.key.public)
+        self._charging.require_begins_with(seen)
+        return seen.entries
 
     def _contribute(self, request: Opened[Request], body: ContributeRequest, request_digest: str) -> bytes:
         opened = self._opened(request.document.job)
@@ -164,7 +178,11 @@ class Site:
             raise
         receipt = self._charging.commit(ask, reserved=reserved, message_digest=digest(tensors))
         contribution = Contribution(
-            purpose=body.purpose, round_index=body.round_index, attempt=body.attempt, receipt=receipt.line.decode()
+            purpose=body.purpose,
+            round_index=body.round_index,
+            attempt=body.attempt,
+            receipt=receipt.line.decode(),
+            head=self._charging.sealed_head,
         )
         reply = self._reply(contribution, request_digest, tensors=tensors)
         self._outbox.keep(request_digest, reply)

@@ -1,6 +1,6 @@
 """What one site's ledger proves on its own: every charge recomputed, every ceiling kept, every release paid for."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SiteId
 from fedgrade.trust.ledger import GENESIS_PREVIOUS, Entry, read_lines
 from fedgrade.trust.records import (
+    COORDINATOR,
     Abort,
     AccountKey,
     Body,
+    Checkpoint,
     Commit,
     Composition,
     DatasetOpened,
@@ -26,7 +28,7 @@ from fedgrade.trust.records import (
     Reserve,
     RoundClosed,
 )
-from fedgrade.trust.transparency import MerkleTree
+from fedgrade.trust.transparency import MerkleTree, TreeHead, open_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,17 @@ class SiteProof:
     """Everything that one site's ledger proves. ``charges`` are by ledger sequence number, in order.
 
     ``head`` is the digest of the last line and ``root`` that of the tree over all of them, as in a
-    :class:`~fedgrade.trust.transparency.TreeHead`; either stands for the whole ledger.
+    :class:`~fedgrade.trust.transparency.TreeHead`; either stands for the whole ledger. ``roots`` are those at the
+    sizes that were asked for and that it reaches; ``checkpoints`` the heads of the coordinator's ledger that the site
+    recorded, by sequence number.
     """
 
     site: SiteId
     entries: int
     head: str
     root: str
+    roots: dict[int, str]
+    checkpoints: dict[int, TreeHead]
     accounts: dict[AccountKey, AccountProof]
     charges: dict[int, Charge]
     jobs: dict[str, TrainingJob]
@@ -98,23 +104,31 @@ class SiteProof:
         return spending
 
 
-def prove_site(path: Path, *, site: SiteId, roster: Roster) -> SiteProof:
+def prove_site(path: Path, *, site: SiteId, roster: Roster, sizes: Collection[int] = ()) -> SiteProof:
     """What the ledger at ``path`` proves about ``site``.
+
+    Args:
+        path: the ledger.
+        site: whose it must be.
+        roster: whose keys these are.
+        sizes: numbers of entries at which the tree's root is wanted.
 
     Raises:
         LedgerBroken: names the first entry that is not what it must be.
     """
     reading = _Reading(site=site, roster=roster)
-    head, tree = GENESIS_PREVIOUS, MerkleTree()
+    head, tree, roots = GENESIS_PREVIOUS, MerkleTree(), dict[int, str]()
     for line, entry in read_lines(path, key=roster.key_of(site)):
         head, tree = digest(line), tree.after(line)
         try:
             reading.take(entry, line_digest=head)
         except FedgradeError as error:
             raise LedgerBroken(f"ledger {path}: entry {entry.sequence}: {error}") from error
+        if tree.entries in sizes:
+            roots[tree.entries] = tree.root.hex()
     if tree.entries == 0:
         raise LedgerBroken(f"ledger {path}: is empty; a ledger begins with a genesis entry")
-    return reading.proof(head=head, tree=tree)
+    return reading.proof(head=head, tree=tree, roots=roots)
 
 
 @dataclass
@@ -130,6 +144,7 @@ class _Reading:
     charges: dict[int, Charge] = field(default_factory=dict)
     places: set[tuple[str, str, int, int]] = field(default_factory=set)
     committed: set[str] = field(default_factory=set)
+    checkpoints: dict[int, TreeHead] = field(default_factory=dict)
 
     def take(self, entry: Entry, *, line_digest: str) -> None:
         body: Body = entry.body
@@ -137,11 +152,7 @@ class _Reading:
             case Genesis():
                 self._genesis(body)
             case DatasetOpened():
-                if standing := self.datasets.get((body.lineage, body.cohort)):
-                    require_same_terms(body, standing=standing)
-                elif any(body.manifest_commitment == other.manifest_commitment for other in self.datasets.values()):
-                    raise LedgerBroken(f"puts one manifest under account twice, now as {body.lineage}/{body.cohort}")
-                self.datasets[body.lineage, body.cohort] = body
+                self._open_dataset(body)
             case PlanAccepted():
                 self._plan(body)
             case Reserve():
@@ -151,10 +162,12 @@ class _Reading:
                 self.committed.add(line_digest)
             case Abort():
                 self._settle(body.reserve, "aborted", place=None)
+            case Checkpoint():
+                self._checkpoint(entry.sequence, body)
             case RoundClosed() | Released():
                 raise LedgerBroken("a coordinator's entry in a site's ledger")
 
-    def proof(self, *, head: str, tree: MerkleTree) -> SiteProof:
+    def proof(self, *, head: str, tree: MerkleTree, roots: dict[int, str]) -> SiteProof:
         accounts = {
             account: AccountProof(
                 dataset=self._dataset(account),
@@ -170,6 +183,8 @@ class _Reading:
             entries=tree.entries,
             head=head,
             root=tree.root.hex(),
+            roots=roots,
+            checkpoints=self.checkpoints,
             accounts=accounts,
             charges=self.charges,
             jobs=self.jobs,
@@ -180,6 +195,13 @@ class _Reading:
         if body.owner != self.site or body.role != "site":
             raise LedgerBroken(f"the ledger of {body.role} {body.owner}, not of site {self.site}")
 
+    def _open_dataset(self, body: DatasetOpened) -> None:
+        if standing := self.datasets.get((body.lineage, body.cohort)):
+            require_same_terms(body, standing=standing)
+        elif any(body.manifest_commitment == other.manifest_commitment for other in self.datasets.values()):
+            raise LedgerBroken(f"puts one manifest under account twice, now as {body.lineage}/{body.cohort}")
+        self.datasets[body.lineage, body.cohort] = body
+
     def _plan(self, body: PlanAccepted) -> None:
         job = open_sealed(body.job_envelope.encode(), as_=TrainingJob, signed_by=self.roster.coordinator)
         if job.digest != body.job or job.plan.mode != body.mode or self.site not in job.declared_items:
@@ -188,6 +210,17 @@ class _Reading:
         for account in body.accounts:
             self._dataset(account)
         self.admitted[job.digest] = frozenset(body.accounts)
+
+    def _checkpoint(self, sequence: int, body: Checkpoint) -> None:
+        if body.owner != COORDINATOR:
+            raise LedgerBroken(f"records where the ledger of {body.owner} stood, not the coordinator's")
+        head = open_head(body.head.encode(), owner=COORDINATOR, signed_by=self.roster.coordinator)
+        before = next(reversed(self.checkpoints.values()), head)
+        if head.entries < before.entries:
+            raise LedgerBroken(
+                f"records {head.entries} entries of the coordinator's ledger, after {before.entries} before"
+            )
+        self.checkpoints[sequence] = head
 
     def _reserve(self, entry: Entry, body: Reserve) -> None:
         job = self.jobs.get(body.job)

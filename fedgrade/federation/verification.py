@@ -14,6 +14,13 @@ from pathlib import Path
 from fedgrade.aggregation.mean import sum_of_releases
 from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken, ModelRefused
 from fedgrade.evaluation import ConfusionCounts, metrics
+from fedgrade.federation.claims import (
+    Claim,
+    claims_in,
+    kept_claims,
+    require_coordinator_holds,
+    require_sites_hold,
+)
 from fedgrade.federation.payloads import read_release
 from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Stage, stages_of
@@ -26,11 +33,10 @@ from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
-from fedgrade.trust.ledger import GENESIS_PREVIOUS, open_receipt, read_lines
+from fedgrade.trust.ledger import GENESIS_PREVIOUS, MAX_ENTRY_BYTES, open_receipt, read_lines
 from fedgrade.trust.records import Commit, DiscreteGaussian, Genesis, Released, RoundClosed
 from fedgrade.trust.transparency import MerkleTree
 
-MAX_RECEIPT_BYTES = 2**18
 MAX_EVALUATION_BYTES = 2**20
 
 
@@ -48,13 +54,15 @@ class JobProof:
 class FederationProof:
     """Everything that a folder proves. ``entries`` are those of all ledgers together.
 
-    The coordinator's ledger has a head and a tree's root like every site's; :class:`SiteProof` says what they are.
+    ``witnessed`` counts the heads of one side's ledger that the other side saw and wrote down, all of which hold. The
+    coordinator's ledger has a head and a tree's root like every site's; :class:`SiteProof` says what they are.
     """
 
     roster: Roster
     sites: dict[SiteId, SiteProof]
     jobs: dict[str, JobProof]
     entries: int
+    witnessed: int
     coordinator_head: str
     coordinator_entries: int
     coordinator_root: str
@@ -64,6 +72,7 @@ class FederationProof:
 class _CoordinatorLog:
     rounds: dict[str, list[RoundClosed]]
     published: dict[str, set[str]]
+    claims: dict[SiteId, list[Claim]]
     head: str
     tree: MerkleTree
 
@@ -73,7 +82,8 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
 
     Args:
         folder: holds ``roster.json``, ``sites/<site>/ledger.jsonl``, ``coordinator/ledger.jsonl`` and
-            ``jobs/<job>/receipts``, ``evaluation`` and ``release``, as a coordinator and its partners keep them.
+            ``jobs/<job>/receipts``, ``evaluation`` and ``release``, as a coordinator and its partners keep them;
+            ``coordinator/witnessed`` if it is there.
         roster: the roster that the verifier trusts; without it, the folder's own, which proves consistency but not
             whose keys these are.
 
@@ -81,10 +91,16 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
         LedgerBroken, SignatureRefused, DocumentRefused, ModelRefused: names the first thing that does not hold.
     """
     trusted = roster if roster is not None else read_roster(folder / "roster.json")
-    sites = {site: prove_site(path, site=site, roster=trusted) for site, path in _site_ledgers(folder)}
-    if not sites:
+    paths, ledger = dict(_site_ledgers(folder)), folder / "coordinator" / "ledger.jsonl"
+    if not paths:
         raise DocumentRefused(f"{folder}: no sites/<site>/ledger.jsonl here; give the folder of a federation")
-    log = _coordinator_log(folder / "coordinator" / "ledger.jsonl", trusted)
+    log = _coordinator_log(ledger, trusted)
+    for site, claim in kept_claims(folder / "coordinator" / "witnessed", paths, trusted):
+        log.claims.setdefault(site, []).append(claim)
+    sites = {
+        site: prove_site(path, site=site, roster=trusted, sizes={claim.entries for claim in log.claims.get(site, ())})
+        for site, path in paths.items()
+    }
     for job_digest in log.published:
         if job_digest not in log.rounds:
             raise LedgerBroken(f"job {job_digest[:16]}: the coordinator's ledger says it was released, but not trained")
@@ -94,11 +110,13 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
         for job_digest, closed in log.rounds.items()
     }
     _require_counterparts(sites, jobs)
+    witnessed = require_sites_hold(sites, log.claims) + require_coordinator_holds(ledger, log.tree, sites)
     return FederationProof(
         roster=trusted,
         sites=sites,
         jobs=jobs,
         entries=log.tree.entries + sum(proof.entries for proof in sites.values()),
+        witnessed=witnessed,
         coordinator_head=log.head,
         coordinator_entries=log.tree.entries,
         coordinator_root=log.tree.root.hex(),
@@ -113,9 +131,12 @@ def _site_ledgers(folder: Path) -> Iterator[tuple[SiteId, Path]]:
 def _coordinator_log(path: Path, roster: Roster) -> _CoordinatorLog:
     rounds: dict[str, list[RoundClosed]] = {}
     published: dict[str, set[str]] = {}
+    claims: dict[SiteId, list[Claim]] = {}
     head, tree = GENESIS_PREVIOUS, MerkleTree()
     for line, entry in read_lines(path, key=roster.coordinator):
         head, tree = digest(line), tree.after(line)
+        for site, claim in claims_in(path, entry):
+            claims.setdefault(site, []).append(claim)
         match entry.body:
             case Genesis() if entry.body.role != "coordinator":
                 raise LedgerBroken(f"ledger {path}: entry 0: is a {entry.body.role}'s, not the coordinator's")
@@ -127,7 +148,7 @@ def _coordinator_log(path: Path, roster: Roster) -> _CoordinatorLog:
                 pass
     if tree.entries == 0:
         raise LedgerBroken(f"ledger {path}: is empty; a ledger begins with a genesis entry")
-    return _CoordinatorLog(rounds=rounds, published=published, head=head, tree=tree)
+    return _CoordinatorLog(rounds=rounds, published=published, claims=claims, head=head, tree=tree)
 
 
 def _check_nothing_is_uncounted(
@@ -198,6 +219,8 @@ def _check_stages(job: TrainingJob, closed: list[RoundClosed]) -> None:
             )
         if strangers := sorted(set(body.receipts) - set(job.declared_items)):
             raise LedgerBroken(f"{where}: stage {number + 1} counts {strangers[0]}, which does not take part")
+        if set(body.ledgers) != set(body.receipts):
+            raise LedgerBroken(f"{where}: stage {number + 1} does not say where the ledgers stood that it counts")
         if len(body.receipts) < job.spec.aggregation.minimum_sites:
             raise LedgerBroken(
                 f"{where}: stage {number + 1} was closed with {len(body.receipts)} receipts; "
@@ -215,7 +238,7 @@ def _check_receipts(
         where = f"receipt {path}"
         try:
             with path.open("rb") as file:
-                line = file.read(MAX_RECEIPT_BYTES)
+                line = file.read(MAX_ENTRY_BYTES)
         except OSError as error:
             raise LedgerBroken(f"{where}: cannot be read ({error.strerror})") from error
         if digest(line) != expected:
@@ -230,6 +253,11 @@ def _check_receipts(
             body.round_index,
         ):
             raise LedgerBroken(f"{where}: is for another round")
+        if entry.sequence + 1 != body.ledgers[site].entries:
+            raise LedgerBroken(
+                f"{where}: is entry {entry.sequence}; the coordinator's ledger says that it was the last of "
+                f"{body.ledgers[site].entries}"
+            )
         if site in sites:
             _check_against_ledger(where, line, entry.body, body, sites[site])
         commits[site] = entry.body

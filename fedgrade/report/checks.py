@@ -27,6 +27,7 @@ class Checks:
     entries: int
     charges: int
     receipts: int
+    witnessed: int
     sealed_jobs: int
     releases: int
     keys: tuple[KeyRow, ...]
@@ -48,6 +49,7 @@ def checks(proof: FederationProof) -> Checks:
         entries=proof.entries,
         charges=sum(len(site.charges) for site in sites),
         receipts=sum(len(closed.receipts) for job in proof.jobs.values() for closed in job.rounds),
+        witnessed=proof.witnessed,
         sealed_jobs=sum(len(site.jobs) for site in sites),
         releases=sum(job.release is not None for job in proof.jobs.values()),
         keys=_key_rows(proof),

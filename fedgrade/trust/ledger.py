@@ -8,9 +8,8 @@ it returns. This room knows what entries say (:mod:`fedgrade.trust.records`), no
 import fcntl
 import json
 import os
-import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,14 +22,14 @@ from fedgrade.errors import FedgradeError, LedgerBroken, LedgerUnavailable
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import PublicKey, SigningKey, SiteId
-from fedgrade.trust.records import Body, Genesis
+from fedgrade.trust.records import UTC_TIME, Body, Genesis
+from fedgrade.trust.transparency import GrowingTree, MerkleTree, TreeHead, sign_head
 
-MAX_ENTRY_BYTES = 2**18
+MAX_ENTRY_BYTES = 2**19  # a closed round of the most sites that a job may have
 GENESIS_PREVIOUS = "0" * 64
 _READERS = 3  # threads; with more, they wait for the interpreter's lock
 _CHUNK_LINES = 128
 _CHUNK_BYTES = 2**20
-UTC_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +82,23 @@ def read_lines(path: Path, *, key: PublicKey) -> Iterator[tuple[bytes, Entry]]:
             yield line, entry
 
 
+def roots_at(path: Path, *, sizes: Collection[int]) -> dict[int, str]:
+    """The root over the first lines of the ledger at ``path`` for each of ``sizes`` that it reaches, in hexadecimal.
+
+    Nothing is verified: for a ledger that was, whose last root the caller compares.
+
+    Raises:
+        LedgerBroken: it cannot be read.
+    """
+    tree, roots = MerkleTree(), dict[int, str]()
+    with _opened(path) as file:
+        for line in _lines(file):
+            tree = tree.after(line.removesuffix(b"\n"))
+            if tree.entries in sizes:
+                roots[tree.entries] = tree.root.hex()
+    return roots
+
+
 def open_receipt(line: bytes, *, key: PublicKey) -> Entry:
     """The entry inside a receipt, a single ledger line that has left its ledger.
 
@@ -101,10 +117,11 @@ class LedgerWriter:
     Guarantee: when :meth:`append` returns, the entry survives a power cut; when it raises, the ledger is as before.
     """
 
-    def __init__(self, *, path: Path, key: SigningKey, descriptor: int, head: Head) -> None:
+    def __init__(self, *, path: Path, key: SigningKey, descriptor: int, head: Head, tree: GrowingTree) -> None:
         self.path = path
         self.head = head
         self.key = key
+        self.tree = tree
         self._descriptor = descriptor
 
     @classmethod
@@ -118,14 +135,19 @@ class LedgerWriter:
             LedgerUnavailable: another process holds the ledger, or the file cannot be opened.
             LedgerBroken: names the first broken entry.
         """
-        descriptor = _locked(path)
+        descriptor, tree = _locked(path), GrowingTree()
+
+        def take(line: bytes, entry: Entry) -> None:
+            tree.append(line)
+            observe(entry)
+
         try:
             _sync_directory(path.parent)
-            head = _replayed(path, descriptor, key=key.public, observe=observe)
+            head = _replayed(path, descriptor, key=key.public, observe=take)
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(path=path, key=key, descriptor=descriptor, head=head)
+        return cls(path=path, key=key, descriptor=descriptor, head=head, tree=tree)
 
     def append(self, body: Body, *, now: datetime) -> Appended:
         """Sign ``body`` as the next entry and bring it to disk before returning.
@@ -150,12 +172,28 @@ class LedgerWriter:
             raise LedgerUnavailable(f"ledger {self.path}: entry of {len(line)} bytes; the limit is {MAX_ENTRY_BYTES}")
         self._write(line + b"\n")
         self.head = self.head.after(entry, line)
+        self.tree.append(line)
         return Appended(sequence=entry.sequence, line=line)
 
     def start(self, *, owner: SiteId, role: Literal["site", "coordinator"], now: datetime) -> None:
         """Write the genesis entry if the ledger is empty."""
         if self.head.entries == 0:
             self.append(Genesis(owner=owner, key=self.key.public, role=role), now=now)
+
+    def sealed_head(self, *, owner: SiteId) -> bytes:
+        """Where the ledger of ``owner`` stands, signed with the key that signs its entries; the same bytes each time.
+
+        Raises:
+            DocumentRefused: it is empty, and says nothing yet.
+        """
+        head = TreeHead(
+            owner=owner,
+            entries=self.head.entries,
+            root=self.tree.root(self.head.entries).hex(),
+            last_line=self.head.digest,
+            time=self.head.time,
+        )
+        return sign_head(head, self.key)
 
     def close(self) -> None:
         """Release the lock."""
@@ -219,13 +257,13 @@ def _sync_directory(folder: Path) -> None:
         raise LedgerUnavailable(f"ledger folder {folder}: cannot be brought to disk ({error.strerror})") from error
 
 
-def _replayed(path: Path, descriptor: int, *, key: PublicKey, observe: Callable[[Entry], None]) -> Head:
+def _replayed(path: Path, descriptor: int, *, key: PublicKey, observe: Callable[[bytes, Entry], None]) -> Head:
     head, whole = Head(), 0
 
     def take(lines: Iterable[bytes]) -> None:
         nonlocal head, whole
         for line, entry, after in _verified(lines, follows=head, key=key, path=path):
-            observe(entry)
+            observe(line, entry)
             head, whole = after, whole + len(line) + 1
 
     with _opened(path) as file:

@@ -4,9 +4,10 @@ Amounts are integers or exact fractions, never floating-point numbers. Counts of
 size that does, ``declared_items``, is a number the partner chose to publish.
 """
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,10 @@ Partition = Literal["train", "test"]
 Unit = Literal["item"]
 Adjacency = Literal["add_or_remove_one"]
 Composition = Literal["zcdp", "mixed"]
+
+COORDINATOR: Final = SiteId("coordinator")  # the owner of the coordinator's own ledger
+UTC_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00")
+SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +206,38 @@ class Abort:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LedgerState:
+    """Where a ledger stood: how many entries, and the root of the tree over them (RFC 9162), in hexadecimal."""
+
+    entries: int
+    root: str
+
+    def __post_init__(self) -> None:
+        if self.entries < 1 or not SHA256.fullmatch(self.root):
+            raise DocumentRefused(
+                f"ledger state: {str(self.entries)[:40]} entries under root {self.root[:80]!r}; at least 1 entry and a "
+                "SHA-256 in hexadecimal are expected"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A site saw where the coordinator's ledger stood when it was shown a job.
+
+    ``head`` is the sealed tree head with which the coordinator said so: neither side can invent it, or deny it later.
+    """
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    owner: SiteId
+    head: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundClosed:
-    """The coordinator closed a round: which receipts it holds, what the weights were and became."""
+    """The coordinator closed a round: which receipts it holds, what the weights were and became.
+
+    ``ledgers`` says where the ledger of each site that is counted stood right after its receipt was written into it.
+    """
 
     kind: Literal["round"] = "round"
     job: str
@@ -210,6 +245,7 @@ class RoundClosed:
     attempt: int
     purpose: Purpose
     receipts: dict[SiteId, str]
+    ledgers: dict[SiteId, LedgerState]
     weights_before: str
     weights_after: str
 
@@ -224,6 +260,6 @@ class Released:
 
 
 Body = Annotated[
-    Genesis | DatasetOpened | PlanAccepted | Reserve | Commit | Abort | RoundClosed | Released,
+    Genesis | DatasetOpened | PlanAccepted | Reserve | Commit | Abort | Checkpoint | RoundClosed | Released,
     Field(discriminator="kind"),
 ]

@@ -3,12 +3,11 @@
 The tree is that of RFC 6962 and RFC 9162 §2.1 (https://www.rfc-editor.org/rfc/rfc9162#section-2.1) with SHA-256, one
 leaf a ledger line without its newline: the bytes that the chain hashes and a receipt repeats. A :class:`TreeHead` says
 where a ledger stood; :func:`require_consistent` holds a newer one against an older one with a proof of some
-seventeen hashes at 10⁵ entries. Pure values and functions: no file, no clock, no network.
+seventeen hashes at 10⁵ entries. No file, no clock, no network.
 """
 
 import hashlib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -16,13 +15,12 @@ from typing import Literal
 from fedgrade.errors import DocumentRefused, LedgerBroken
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import PublicKey, SigningKey, SiteId, site_id
-from fedgrade.trust.ledger import UTC_TIME
+from fedgrade.trust.records import SHA256, UTC_TIME, LedgerState
 
 HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
 MAX_ENTRIES = 2**63 - 1
 MAX_HEAD_BYTES = 2**12
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def leaf_hash(line: bytes) -> bytes:
@@ -56,11 +54,7 @@ class MerkleTree:
 
     def after(self, line: bytes) -> "MerkleTree":
         """The tree once ``line``, without its newline, is appended."""
-        return self.after_leaf(leaf_hash(line))
-
-    def after_leaf(self, leaf: bytes) -> "MerkleTree":
-        """The tree once the line of hash ``leaf`` is appended."""
-        peaks, node, height = [*self.peaks], leaf, self.entries
+        peaks, node, height = [*self.peaks], leaf_hash(line), self.entries
         # Adding one to a binary number: each carry joins two full subtrees of one size.
         while height & 1:
             node, height = node_hash(peaks.pop(), node), height >> 1
@@ -75,62 +69,85 @@ class MerkleTree:
         return reduce(lambda right, left: node_hash(left, right), reversed(larger), smallest)
 
 
-def tree_over(leaves: Iterable[bytes]) -> MerkleTree:
-    """The tree over ``leaves``, each a :func:`leaf_hash`, in order."""
-    return reduce(MerkleTree.after_leaf, leaves, MerkleTree())
+class GrowingTree:
+    """The tree over a ledger that is being written, with every full subtree of it kept: 64 bytes an entry.
 
-
-def inclusion_proof(leaves: Sequence[bytes], *, index: int) -> tuple[bytes, ...]:
-    """The hashes, lowest first, that lead from leaf ``index`` to the root over ``leaves`` (RFC 9162 §2.1.3.1).
-
-    Raises:
-        LedgerBroken: there is no such leaf.
+    Roots of earlier sizes, and proofs from them, take some log² hashes of the number of entries.
     """
-    if not 0 <= index < len(leaves):
-        raise LedgerBroken(f"inclusion proof: entry {index} is not one of {len(leaves)}")
-    proof: list[bytes] = []
-    start, stop = 0, len(leaves)
-    while stop - start > 1:
-        middle = start + _largest_power_below(stop - start)
-        if index < middle:
-            proof.append(tree_over(leaves[middle:stop]).root)
-            stop = middle
-        else:
-            proof.append(tree_over(leaves[start:middle]).root)
-            start = middle
-    return tuple(reversed(proof))
 
+    def __init__(self) -> None:
+        # Level 0 holds the leaves, each level above the nodes over pairs of the one below, 32 bytes each.
+        self._levels: list[bytearray] = [bytearray()]
 
-def consistency_proof(leaves: Sequence[bytes], *, older: int) -> tuple[bytes, ...]:
-    """The hashes that show the first ``older`` of ``leaves`` to be the start of them all (RFC 9162 §2.1.4.1).
+    @property
+    def entries(self) -> int:
+        """How many lines it is over."""
+        return len(self._levels[0]) // HASH_BYTES
 
-    Empty for all of them, and for none of them, which is the start of everything.
+    def append(self, line: bytes) -> None:
+        """Add ``line``, without its newline, as the next leaf."""
+        node, level = leaf_hash(line), 0
+        self._levels[0] += node
+        while len(self._levels[level]) // HASH_BYTES % 2 == 0:
+            node = node_hash(bytes(self._levels[level][-2 * HASH_BYTES : -HASH_BYTES]), node)
+            level += 1
+            if level == len(self._levels):
+                self._levels.append(bytearray())
+            self._levels[level] += node
 
-    Raises:
-        LedgerBroken: there are not so many leaves.
-    """
-    if not 0 <= older <= len(leaves):
-        raise LedgerBroken(f"consistency proof: {older} entries are not among {len(leaves)}")
-    proof: list[bytes] = []
-    start, stop = 0, len(leaves)
-    while 0 < older < stop:
-        middle = start + _largest_power_below(stop - start)
-        if older <= middle:
-            proof.append(tree_over(leaves[middle:stop]).root)
-            stop = middle
-        else:
-            proof.append(tree_over(leaves[start:middle]).root)
-            start = middle
-    if start:  # the verifier knows the older root, not that of this part of it
-        proof.append(tree_over(leaves[start:stop]).root)
-    return tuple(reversed(proof))
+    def root(self, entries: int) -> bytes:
+        """The root over the first ``entries`` lines, 32 bytes.
+
+        Raises:
+            LedgerBroken: there are not so many.
+        """
+        self._require(entries)
+        return self._over(0, entries) if entries else EMPTY_ROOT
+
+    def consistency(self, *, older: int) -> tuple[bytes, ...]:
+        """The hashes that show the first ``older`` lines to be the start of them all (RFC 9162 §2.1.4.1).
+
+        Empty for all of them, and for none of them, which is the start of everything.
+
+        Raises:
+            LedgerBroken: there are not so many.
+        """
+        self._require(older)
+        proof: list[bytes] = []
+        start, stop = 0, self.entries
+        while 0 < older < stop:
+            middle = start + _largest_power_below(stop - start)
+            if older <= middle:
+                proof.append(self._over(middle, stop))
+                stop = middle
+            else:
+                proof.append(self._over(start, middle))
+                start = middle
+        if start:  # the verifier knows the older root, not that of this part of it
+            proof.append(self._over(start, stop))
+        return tuple(reversed(proof))
+
+    def _require(self, entries: int) -> None:
+        if not 0 <= entries <= self.entries:
+            raise LedgerBroken(f"ledger: {str(entries)[:40]} entries are not among its {self.entries}")
+
+    def _over(self, start: int, stop: int) -> bytes:
+        """The node over leaves ``start`` to ``stop``, where RFC 9162 would split the tree."""
+        count = stop - start
+        if count & (count - 1) == 0:
+            level = count.bit_length() - 1
+            at = (start >> level) * HASH_BYTES
+            return bytes(self._levels[level][at : at + HASH_BYTES])
+        middle = start + _largest_power_below(count)
+        return node_hash(self._over(start, middle), self._over(middle, stop))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeHead:
     """Where the ledger of ``owner`` stood: how many entries, the tree's root over them, and the last line's digest.
 
-    ``time`` is when this was signed (UTC, ISO 8601 with microseconds); hashes are 64 lower-case hexadecimal digits.
+    ``time`` is that of the last entry (UTC, ISO 8601 with microseconds), so that one state of a ledger has one head;
+    hashes are 64 lower-case hexadecimal digits.
     """
 
     schema: Literal["fedgrade/tree-head/1"] = "fedgrade/tree-head/1"
@@ -146,10 +163,15 @@ class TreeHead:
         if not 1 <= self.entries <= MAX_ENTRIES:
             raise DocumentRefused(f"tree head: {str(self.entries)[:40]} entries; 1 to {MAX_ENTRIES} are possible")
         for name in ("root", "last_line"):
-            if not _SHA256.fullmatch(getattr(self, name)):
+            if not SHA256.fullmatch(getattr(self, name)):
                 raise DocumentRefused(f"tree head: {name} {getattr(self, name)[:80]!r} is no SHA-256 in hexadecimal")
         if not UTC_TIME.fullmatch(self.time):
             raise DocumentRefused(f"tree head: time {self.time[:40]!r} is no UTC time with microseconds")
+
+    @property
+    def state(self) -> LedgerState:
+        """Size and root alone: what others write down of it."""
+        return LedgerState(entries=self.entries, root=self.root)
 
 
 def sign_head(head: TreeHead, key: SigningKey) -> bytes:
@@ -171,31 +193,6 @@ def open_head(raw: bytes, *, owner: SiteId, signed_by: PublicKey) -> TreeHead:
     return head
 
 
-def require_included(line: bytes, *, index: int, head: TreeHead, proof: Sequence[bytes]) -> None:
-    """Return if ``line``, without its newline, is entry ``index`` of the ledger that ``head`` is of.
-
-    Guarantee: for another line or place, finding a ``proof`` that passes takes a SHA-256 collision (RFC 9162 §2.1.3.2).
-
-    Raises:
-        LedgerBroken: ``proof`` does not show it.
-    """
-    if not 0 <= index < head.entries:
-        raise LedgerBroken(f"ledger of {head.owner}: entry {str(index)[:40]} is not one of its {head.entries}")
-    node = leaf_hash(line)
-    place, last = index, head.entries - 1
-    for sibling in proof:
-        if last == 0 or len(sibling) != HASH_BYTES:
-            raise _not_included(index, head)
-        if place & 1 or place == last:
-            node = node_hash(sibling, node)
-            place, last = _without_lone_levels(place, last)
-        else:
-            node = node_hash(node, sibling)
-        place, last = place >> 1, last >> 1
-    if last != 0 or node.hex() != head.root:
-        raise _not_included(index, head)
-
-
 def require_consistent(older: TreeHead, newer: TreeHead, proof: Sequence[bytes]) -> None:
     """Return if the ledger at ``newer`` is the ledger at ``older`` with nothing but entries added at its end.
 
@@ -203,7 +200,7 @@ def require_consistent(older: TreeHead, newer: TreeHead, proof: Sequence[bytes])
 
     Raises:
         LedgerBroken: names both sizes, and what does not hold: another owner, fewer entries than before, an earlier
-            signature, or another history.
+            time, or another history.
     """
     where = f"ledger of {older.owner}: {older.entries} entries before, {newer.entries} now"
     if newer.owner != older.owner:
@@ -211,7 +208,7 @@ def require_consistent(older: TreeHead, newer: TreeHead, proof: Sequence[bytes])
     if newer.entries < older.entries:
         raise LedgerBroken(f"{where}: it was rolled back")
     if newer.time < older.time:
-        raise LedgerBroken(f"{where}: the larger head was signed at {newer.time}, before the smaller at {older.time}")
+        raise LedgerBroken(f"{where}: the larger head is of {newer.time}, before the smaller of {older.time}")
     if newer.entries == older.entries:
         consistent = not proof and (newer.root, newer.last_line) == (older.root, older.last_line)
     else:
@@ -253,9 +250,3 @@ def _without_lone_levels(place: int, last: int) -> tuple[int, int]:
 def _largest_power_below(count: int) -> int:
     """The largest power of two that is smaller than ``count``, which is at least 2: where RFC 9162 splits a tree."""
     return 1 << ((count - 1).bit_length() - 1)
-
-
-def _not_included(index: int, head: TreeHead) -> LedgerBroken:
-    return LedgerBroken(
-        f"ledger of {head.owner}: the proof does not show this line to be entry {index} of its {head.entries}"
-    )

@@ -6,6 +6,7 @@ a fixed random projection of a photo's pixels: real and deterministic, and it ne
 
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from fedgrade.aggregation.mean import AggregationSpec
@@ -25,8 +27,11 @@ from fedgrade.federation.holdings import CohortData, PhotoFeatures, SiteData
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.messages import (
     AdmitRequest,
+    Admitted,
     ContributeRequest,
+    Contribution,
     Opened,
+    Refusal,
     Reply,
     Request,
     read_message,
@@ -39,6 +44,7 @@ from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
 from fedgrade.federation.site import Site, SiteIdentity
 from fedgrade.federation.store import RunStore
+from fedgrade.federation.witness import Witness
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
 from fedgrade.model.backbones import Compute
@@ -270,16 +276,35 @@ class SmallFederation:
     def run(self, job: TrainingJob, cohort: object, *, report: Callable[[Progress], None] = lambda _: None) -> str:
         """Run ``job`` as its coordinator would, from wherever its checkpoint stands."""
         coordinator = Coordinator(
-            key=self.coordinator_key, roster=self.roster, clock=self.clock, report=report, deadline_seconds=1.0
+            key=self.coordinator_key, witness=self.witness(), clock=self.clock, report=report, deadline_seconds=1.0
         )
-        path = self.root / "coordinator" / "ledger.jsonl"
+        with self.log() as log:
+            return run_job(job, cohort, coordinator=coordinator, store=self.store(job), log=log)
+
+    @property
+    def coordinator_ledger(self) -> Path:
+        return self.root / "coordinator" / "ledger.jsonl"
+
+    def witness(self) -> Witness:
+        """What the coordinator saw of the sites' ledgers."""
+        return Witness(self.root / "coordinator" / "witnessed", roster=self.roster)
+
+    @contextmanager
+    def log(self) -> Iterator[RoundLog]:
+        """The coordinator's ledger, held until the block ends."""
         log = RoundLog.open(
-            lambda observe: LedgerWriter.open(path, key=self.coordinator_key, observe=observe), now=self.clock()
+            lambda observe: LedgerWriter.open(self.coordinator_ledger, key=self.coordinator_key, observe=observe),
+            now=self.clock(),
         )
         try:
-            return run_job(job, cohort, coordinator=coordinator, store=self.store(job), log=log)
+            yield log
         finally:
             log.close()
+
+    def coordinator_head(self) -> str:
+        """The sealed head of the coordinator's ledger, which is begun if there is none."""
+        with self.log() as log:
+            return log.sealed_head
 
     def run_in_process(self, job: TrainingJob, **settings: object) -> OpenedRelease:
         """The release of ``job``, every site taking part."""
@@ -293,9 +318,17 @@ class SmallFederation:
     def release(self, job: TrainingJob) -> OpenedRelease:
         return open_release(self.root / "jobs" / job.digest[:16] / "release", signed_by=self.coordinator_key.public)
 
-    def admission(self, job: TrainingJob, *, name: SiteId = NAMES[0], sealed_by: SigningKey | None = None) -> bytes:
-        """The coordinator's message that shows ``job`` to a site."""
-        body = AdmitRequest(job_envelope=seal(job, sealed_by or self.coordinator_key).decode())
+    def admission(
+        self,
+        job: TrainingJob,
+        *,
+        name: SiteId = NAMES[0],
+        sealed_by: SigningKey | None = None,
+        **changes: str,
+    ) -> bytes:
+        """The coordinator's message that shows ``job`` to a site, with its own ledger's head and none of the site's."""
+        envelope = seal(job, sealed_by or self.coordinator_key).decode()
+        body = AdmitRequest(**{"job_envelope": envelope, "seen": "", "ledger": self.coordinator_head(), **changes})
         return self.signed(Request(site=name, job=job.digest, body=body, tensors_digest=digest(b"")), b"")
 
     def question(
@@ -311,6 +344,28 @@ class SmallFederation:
     def opened(self, reply: bytes, *, name: SiteId = NAMES[0]) -> Opened[Reply]:
         """A reply whose signature holds."""
         return read_message(reply, as_=Reply, signed_by=self.roster.key_of(name))
+
+
+def told(federation: SmallFederation, site: Site, message: bytes) -> Admitted | Contribution | Refusal:
+    """What the first site says to ``message``: the body of its signed reply."""
+    return federation.opened(site.answer(message)).document.body
+
+
+def refusal(federation: SmallFederation, site: Site, message: bytes) -> tuple[str, str]:
+    """Code and reason of a refusal by the first site that left nothing in its ledger."""
+    before = federation.ledger(NAMES[0]).read_bytes()
+    body = told(federation, site, message)
+    assert federation.ledger(NAMES[0]).read_bytes() == before
+    assert isinstance(body, Refusal)
+    return body.code, body.reason
+
+
+def refusal_and_log(
+    federation: SmallFederation, site: Site, message: bytes, caplog: pytest.LogCaptureFixture
+) -> tuple[str, str, str]:
+    """What the coordinator is told, and what the partner's own log says."""
+    with caplog.at_level(logging.WARNING):
+        return *refusal(federation, site, message), caplog.text
 
 
 def zero_head(job: TrainingJob) -> bytes:

@@ -70,7 +70,8 @@ def test_a_message_by_someone_else_is_refused():
 
 
 def test_a_reply_is_no_request():
-    reply = Reply(site=NAMES[0], request_digest="0" * 64, body=messages.Admitted(), tensors_digest=digest(TENSORS))
+    body = messages.Admitted(head="{}", consistency=())
+    reply = Reply(site=NAMES[0], request_digest="0" * 64, body=body, tensors_digest=digest(TENSORS))
     with pytest.raises(DocumentRefused, match="payload type"):
         opened(write_message(reply, tensors=TENSORS, key=KEY))
 

@@ -93,7 +93,8 @@ def test_after_a_power_cut_the_charge_stands_if_it_was_on_disk_and_the_next_atte
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Charging, "open_dataset"), (Charging, "accept"), (site_module, "open_sealed")]
+    ("owner", "name"),
+    [(Charging, "open_dataset"), (Charging, "accept"), (Charging, "witness"), (site_module, "open_sealed")],
 )
 @pytest.mark.parametrize("after", [False, True])
 def test_after_a_power_cut_during_admission_the_job_can_be_shown_again(federation, owner, name, after):
@@ -103,7 +104,7 @@ def test_after_a_power_cut_during_admission_the_job_can_be_shown_again(federatio
     with federation.site() as site:
         assert federation.opened(site.answer(federation.admission(job))).document.body.kind == "admitted"
     kinds = [entry.body.kind for entry in federation.entries(SITE)]
-    assert kinds == ["genesis", "dataset", "plan"]
+    assert kinds == ["genesis", "dataset", "plan", "checkpoint"]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])

@@ -31,7 +31,8 @@ from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import Roster, SigningKey, SiteId
 from fedgrade.trust.ledger import LedgerWriter
-from fedgrade.trust.records import DatasetOpened
+from fedgrade.trust.records import DatasetOpened, LedgerState
+from fedgrade.trust.transparency import open_head
 
 SITES = ("bremen", "gdansk", "limerick", "rotterdam", "turin")
 SCALE = GradeScale(
@@ -93,6 +94,11 @@ class Workshop:
         self._now += timedelta(seconds=7)
         return self._now
 
+    def state(self, site: SiteId) -> LedgerState:
+        """Where the ledger of ``site`` stands."""
+        sealed = self.charging[site].sealed_head.encode()
+        return open_head(sealed, owner=site, signed_by=self.site_keys[site].public).state
+
     def close(self) -> None:
         for charging in self.charging.values():
             charging.close()
@@ -143,21 +149,25 @@ def play(story: Story, workshop: Workshop) -> TrainingJob:
         charging, dataset = workshop.charging[site], workshop.datasets[site]
         sides = tuple(charging.account(dataset, partition=partition) for partition in ("train", "test"))
         charging.accept(job, envelope=envelope, accounts=sides)
+        charging.witness(workshop.log.sealed_head)
     store = RunStore(workshop.folder / "jobs" / job.digest[:16])
     heads, contributions = _heads(job, workshop), dict.fromkeys(job.participants, 0)
     before = next(heads)
     for index, stage in enumerate(stages_of(job)[: story.stop_after]):
         after = before if stage.purpose == "evaluate" else next(heads)
         ask = Ask(job=job.digest, purpose=stage.purpose, round_index=stage.round_index, attempt=0)
-        receipts, tensors = {}, {}
+        receipts, ledgers, tensors = {}, {}, {}
         for site in job.participants:
             raw = _evaluated(job, workshop) if stage.purpose == "evaluate" else workshop.rng.bytes(64)
             shown = digest(write_head(before))
             line = _answer(job, ask, site, workshop, story=story, index=index, weights=shown, raw=raw)
             if line is not None:
                 receipts[site], tensors[site] = line, raw
+                ledgers[site] = workshop.state(site)
                 contributions[site] += 1
-        gathered = Gathered(releases=dict.fromkeys(receipts, np.zeros(1)), receipts=receipts, tensors=tensors)
+        gathered = Gathered(
+            releases=dict.fromkeys(receipts, np.zeros(1)), receipts=receipts, ledgers=ledgers, tensors=tensors
+        )
         store.keep_receipts(index, receipts)
         if stage.purpose == "evaluate":
             store.keep_evaluation(tensors)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedgrade.errors import DocumentRefused
 from fedgrade.trust.canonical import decode, encode
-from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
+from fedgrade.trust.records import DiscreteGaussian, LedgerState, PoissonGaussian
 
 
 @given(st.integers(1, 2**60), st.integers(1, 2**60))
@@ -37,3 +37,9 @@ def test_an_impossible_poisson_mechanism_is_refused_even_on_the_wire(rate, noise
     raw = f'{{"kind":"poisson_gaussian","sampling_rate":"{rate}","noise_multiplier":"{noise}","steps":{steps}}}'
     with pytest.raises(DocumentRefused, match="mechanism"):
         decode(PoissonGaussian, raw.encode())
+
+
+@pytest.mark.parametrize(("entries", "root"), [(0, "a" * 64), (-1, "a" * 64), (1, "A" * 64), (1, "a" * 63), (1, "")])
+def test_a_ledger_without_an_entry_or_a_root_stands_nowhere(entries, root):
+    with pytest.raises(DocumentRefused, match="ledger state"):
+        LedgerState(entries=entries, root=root)
