@@ -14,15 +14,15 @@ from tests.privacy import sgd_canaries
 from tests.privacy.sgd_canaries import AXES, SITE, judged, sgd_claim, sgd_job, sgd_scores
 
 
-def adapter_job(*, rounds, local_steps):
-    of_the_head = sgd_job(epsilon=12.0, rate=0.5, rounds=rounds, local_steps=local_steps)
+def adapter_job(*, epsilon, rounds, local_steps):
+    of_the_head = sgd_job(epsilon=epsilon, rate=0.5, rounds=rounds, local_steps=local_steps)
     model = replace(of_the_head.spec.model, trainable="adapter", adapter_rank=1)
     spec = replace(of_the_head.spec, model=model)
     return plan_job(spec, declared_items=of_the_head.declared_items, nonce="audit")
 
 
 def test_canaries_find_no_evidence_against_an_adapters_training(monkeypatch):
-    job = adapter_job(rounds=2, local_steps=8)
+    job = adapter_job(epsilon=12.0, rounds=2, local_steps=8)
     start = np.zeros(job.spec.model.network_parameters, dtype=np.float32)
     monkeypatch.setattr(sgd_canaries, "Head", partial(Head, network=start))
     findings = judged(sgd_scores(job, canaries=800), sgd_claim(job))
@@ -31,7 +31,7 @@ def test_canaries_find_no_evidence_against_an_adapters_training(monkeypatch):
 
 @pytest.fixture(scope="module")
 def one_step():
-    return adapter_job(rounds=1, local_steps=1)
+    return adapter_job(epsilon=0.5, rounds=1, local_steps=1)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e6, np.inf])
