@@ -7,6 +7,7 @@ does not depend on the number of items, and has figures of its own. One thread e
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ def _head_ways(problem: Problem) -> dict[str, Callable[[], object]]:
 
 def _adapter_ways(problem: Problem) -> dict[str, Callable[[], object]]:
     recipe = SgdRecipe(
-        mechanism=PoissonGaussian(sampling_rate=1, noise_multiplier=1, steps=1),
+        mechanism=PoissonGaussian(sampling_rate=Fraction(1), noise_multiplier=Fraction(1), steps=1),
         max_grad_norm=CLIP,
         learning_rate=1e-6,
         declared_items=ITEMS,

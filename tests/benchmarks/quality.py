@@ -1,11 +1,12 @@
 """Quality against privacy on real photos: pooled, federated and each site alone, over module-disjoint folds.
 
-Trains with the product's own plan, head, clipping and server step. Two things are replaced, to fit hundreds of runs
-into minutes: Opacus by the closed form of the head's per-item gradient (tests hold the two equal), and the exact
+Trains with the product's own plan, head, clipping rule and server step. Two things are replaced, to fit hundreds of
+runs into minutes: the exact sum on the integer grid by a matrix product of the same clipped gradients, and the exact
 discrete Gaussian by a float Gaussian of the same scale (at scales near 10^7 grid units nobody can tell them apart by
 quality; the product never does this).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,6 +49,34 @@ class Outcome:
     median_counts: ConfusionCounts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What a linear head minimises: its gradient is (predicted - target) x for each output.
+
+    Attributes:
+        targets: [photos, outputs] of grades [photos] on a scale of so many grades.
+        predicted: [photos, outputs] of weights [outputs, inputs] and inputs [photos, inputs].
+        decided: grades [photos] that the field's reading takes from weights and inputs.
+    """
+
+    targets: Callable[[IntArray, int], FloatArray]
+    predicted: Callable[[FloatArray, FloatArray], FloatArray]
+    decided: Callable[[FloatArray, FloatArray], IntArray]
+
+
+def median_grades(weights: FloatArray, inputs: FloatArray) -> IntArray:
+    """The median grade [photos] of the ordinal head's probabilities."""
+    probabilities = grade_probabilities(weights, inputs)
+    return np.asarray(np.minimum((probabilities.cumsum(axis=1) < 0.5).sum(axis=1), len(weights)))
+
+
+ORDINAL = Loss(
+    targets=lambda grades, scale: (grades[:, None] > np.arange(scale - 1)).astype(np.float64),
+    predicted=exceedances,
+    decided=median_grades,
+)
+
+
 def load_photos(features: FloatArray) -> Photos:
     """Facts about the demo's cells beside their ``features``, in the package's order."""
     cells, folds = elpv.cells(), elpv.module_folds(FOLDS)
@@ -61,7 +90,7 @@ def load_photos(features: FloatArray) -> Photos:
 
 
 def train(photos: Photos, chosen: npt.NDArray[np.bool_], spec: JobSpec, *, plan: PrivacyPlan | None, shares: int,
-          rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+          rng: np.random.Generator, loss: Loss = ORDINAL) -> tuple[FloatArray, FloatArray]:  # fmt: skip
     """Head and centre trained on the ``chosen`` photos; ``shares`` sites each add the plan's noise in full."""
     features, grades, items = photos.features[chosen], photos.grades[chosen], int(chosen.sum())
     noise = 0.0 if plan is None else np.sqrt(shares)
@@ -71,11 +100,11 @@ def train(photos: Photos, chosen: npt.NDArray[np.bool_], spec: JobSpec, *, plan:
     centre /= items
     inputs = head_inputs(features, centre)
     lengths = np.linalg.norm(inputs, axis=1)
-    exceeds = (grades[:, None] > np.arange(spec.grading.grades - 1)).astype(np.float64)
-    state = ServerState.start(np.zeros((exceeds.shape[1], inputs.shape[1])))
+    targets = loss.targets(grades, spec.grading.grades)
+    state = ServerState.start(np.zeros((targets.shape[1], inputs.shape[1])))
     rounds = spec.privacy.rounds
     for index in range(rounds):
-        residuals = exceedances(state.weights, inputs) - exceeds
+        residuals = loss.predicted(state.weights, inputs) - targets
         if plan is not None:
             norms = np.linalg.norm(residuals, axis=1) * lengths
             residuals *= np.minimum(1.0, plan.max_grad_norm / np.maximum(norms, 1e-12))[:, None]
@@ -95,18 +124,15 @@ def evaluate(
     A benchmark on public data, not a release.
     """
     weights, centre = head
-    probabilities = grade_probabilities(weights, head_inputs(photos.features[chosen], centre))
-    median = np.minimum((probabilities.cumsum(axis=1) < 0.5).sum(axis=1), spec.grading.grades - 1)
-    return (
-        _counts(photos.grades[chosen], decide(probabilities, spec.grading), spec),
-        _counts(photos.grades[chosen], median, spec),
-    )
+    inputs, true = head_inputs(photos.features[chosen], centre), photos.grades[chosen]
+    cheapest = decide(grade_probabilities(weights, inputs), spec.grading)
+    return counted(true, cheapest, spec), counted(true, median_grades(weights, inputs), spec)
 
 
 def outcome(photos: Photos, spec: JobSpec, *, setting: str, epsilon: float | None, seed: int) -> Outcome:
     """One seed over all module-disjoint folds; ``alone`` trains each site by itself and tests it on every site."""
     rng = np.random.default_rng(seed)
-    plan = None if epsilon is None else calibrate(_at(spec, epsilon), participants=len(elpv.RECYCLERS))
+    plan = None if epsilon is None else calibrate(privacy_at(spec, epsilon), participants=len(elpv.RECYCLERS))
     counts = median_counts = ConfusionCounts.zero(spec.grading.grades)
     for fold in range(FOLDS):
         test, rest = photos.folds == fold, photos.folds != fold
@@ -122,12 +148,14 @@ def outcome(photos: Photos, spec: JobSpec, *, setting: str, epsilon: float | Non
     return Outcome(setting=setting, epsilon=epsilon, seed=seed, counts=counts, median_counts=median_counts)
 
 
-def _at(spec: JobSpec, epsilon: float) -> LocalSpec:
+def privacy_at(spec: JobSpec, epsilon: float) -> LocalSpec:
+    """The job's privacy, at another epsilon."""
     if not isinstance(spec.privacy, LocalSpec):
         raise TypeError("the quality benchmark compares full-batch training")
     return replace(spec.privacy, target_epsilon=epsilon)
 
 
-def _counts(true: IntArray, decided: IntArray, spec: JobSpec) -> ConfusionCounts:
+def counted(true: IntArray, decided: IntArray, spec: JobSpec) -> ConfusionCounts:
+    """Exact counts of ``decided`` [photos] against ``true`` [photos]."""
     grades = spec.grading.grades
     return ConfusionCounts.of(item_rows(true, decided, grades=grades).sum(axis=0).reshape(grades, grades))

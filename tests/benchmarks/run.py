@@ -1,14 +1,13 @@
 """Measures fedgrade and writes the figures, with how they were got, into docs/benchmarks.md.
 
 Sections: ``quality`` (QWK and critical misses against epsilon), ``rounds`` (seconds a round on the wire and in one
-process, side by side), ``demo`` (wall time of the main job, cold and warm). Each run replaces its own section alone.
+process, side by side), ``demo`` (wall time of the main job, cold and warm), ``gradients`` (a step of item gradients
+beside Opacus' ways), ``noise`` (samples a second), ``accountants`` (epsilon by five of them) and ``utility`` (ways of
+training under privacy). Each run replaces its own section alone.
 """
 
 import argparse
 import itertools
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -16,27 +15,28 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from accountants import accountants
+from features import public_features
+from gradients import gradients
 from matplotlib.axes import Axes
 from quality import EPSILONS, SETTINGS, Outcome, load_photos, outcome
+from samplers import noise
+from sections import replace_section
+from utility import utility
 
 from fedgrade.data import elpv
-from fedgrade.data.assets import FeatureStore
-from fedgrade.data.manifest import Photo, Provenance, Split
-from fedgrade.data.photos import PhotoLimits, digest_file
 from fedgrade.evaluation import metrics
 from fedgrade.federation.rounds import Progress
 from fedgrade.job import JobSpec, plan_job
-from fedgrade.model.backbones import extractor
 from server.configure import compose_job
 from server.engines import run_engine
 from server.local_federation import Terms, create_local_federation
 
-SECTIONS = ("quality", "rounds", "demo")
+SECTIONS = ("quality", "utility", "gradients", "noise", "accountants", "rounds", "demo")
 TIMED_ROUNDS = 15
 FIGURES: dict[str, Callable[[Outcome, JobSpec], float]] = {
     "QWK": lambda run, spec: metrics(run.median_counts, spec.grading).quadratic_weighted_kappa,
@@ -47,7 +47,7 @@ FIGURES: dict[str, Callable[[Outcome, JobSpec], float]] = {
 
 def quality(spec: JobSpec, *, cache: Path, docs: Path, seeds: int) -> str:
     """The table and picture of quality against privacy."""
-    photos = load_photos(_features(spec, cache))
+    photos = load_photos(public_features(spec, cache=cache))
     outcomes: dict[tuple[str, float | None], list[Outcome]] = {}
     for setting in SETTINGS:
         for epsilon in EPSILONS:
@@ -135,22 +135,6 @@ class _Stopwatch:
             self.stamps.append(time.monotonic())
 
 
-def _features(spec: JobSpec, cache: Path) -> np.ndarray:
-    root = elpv.package_photos()
-    photos = [
-        Photo(path=f"{cell.name}.png", digest=digest_file(root / f"{cell.name}.png"), item=cell.name,
-              source=cell.module, grade=spec.grading.labels[cell.grade], split=Split.TRAIN, provenance=Provenance.REAL,
-              licence=elpv.LICENCE, origin=elpv.ORIGIN)
-        for cell in elpv.cells()
-    ]  # fmt: skip
-    cache.mkdir(parents=True, exist_ok=True)
-    store = FeatureStore(
-        root=root, cache=cache, limits=PhotoLimits(),
-        extractor=extractor(spec.model, cache=cache, device="auto", threads=os.cpu_count() or 1),
-    )  # fmt: skip
-    return store.features(photos, progress=lambda *_: None)
-
-
 def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(set(values)) > 1 else f"{values[0]:.3f}"
 
@@ -197,21 +181,6 @@ def _label_ends(axis: Axes, *, x: float) -> None:
         next_free += gap
 
 
-def _write(path: Path, section: str, text: str) -> None:
-    """Replace one section of the file between its markers, or add it at the end."""
-    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    stamp = (
-        f"Command: `make bench ARGS={section}`; {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, "
-        f"{os.cpu_count()} shared cores, no GPU, Python {platform.python_version()}, load average {load}."
-    )
-    block = f"<!-- {section} -->\n{stamp}\n\n{text}\n<!-- end {section} -->"
-    old = path.read_text()
-    pattern = re.compile(rf"<!-- {section} -->.*?<!-- end {section} -->", re.DOTALL)
-    if not pattern.search(old):
-        raise SystemExit(f"{path}: has no markers <!-- {section} --> … <!-- end {section} -->")
-    path.write_text(pattern.sub(lambda _: block, old))
-
-
 def main() -> None:
     """Measure the sections that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,11 +194,15 @@ def main() -> None:
     spec = compose_job(["experiment=demo"])
     measure: dict[str, Callable[[], str]] = {
         "quality": lambda: quality(spec, cache=given.cache / "bench", docs=given.write.parent, seeds=given.seeds),
+        "utility": lambda: utility(spec, load_photos(public_features(spec, cache=given.cache / "bench"))),
+        "gradients": lambda: gradients(spec),
+        "noise": lambda: noise(spec),
+        "accountants": accountants,
         "rounds": lambda: rounds(spec, cache=given.cache),
         "demo": lambda: demo(spec, cache=given.cache),
     }
     for section in given.sections or SECTIONS:
-        _write(given.write, section, measure[section]())
+        replace_section(given.write, section, measure[section](), command=f"make bench ARGS={section}")
         sys.stderr.write(f"{section}: written to {given.write}\n")
 
 

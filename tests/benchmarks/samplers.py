@@ -10,6 +10,7 @@ from stopwatch import paired_seconds, ratio
 from fedgrade.job import JobSpec
 from fedgrade.privacy.noise import discrete_gaussian, floating_gaussian
 from fedgrade.privacy.plan import calibrate
+from fedgrade.trust.records import DiscreteGaussian
 
 REPETITIONS = 9
 SITES = 5
@@ -17,9 +18,11 @@ SITES = 5
 
 def noise(spec: JobSpec) -> str:
     """Samples a second, as many at a time as one training release takes."""
-    plan = calibrate(spec.privacy, participants=SITES)
+    mechanism = calibrate(spec.privacy, participants=SITES).train
+    if not isinstance(mechanism, DiscreteGaussian):
+        raise TypeError("the noise benchmark draws integer noise")
     size = (spec.grading.grades - 1) * (spec.model.feature_dimensions + 1)
-    scale = plan.train.scale
+    scale = mechanism.scale
     numpy_generator, torch_generator = np.random.default_rng(), torch.Generator().manual_seed(0)
     exact = f"`discrete_gaussian`: exact integers, OpenDP {version('opendp')}"
     ways = {

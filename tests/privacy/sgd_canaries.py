@@ -10,6 +10,7 @@ average (times the part of the clipped gradient that lies along the axis; the co
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,9 @@ class SgdFindings:
         return {check.name for check in (self.shift, self.deviation, self.lower_bound) if not check.passed}
 
 
-def sgd_job(*, epsilon: float, rate: float, rounds: int, local_steps: int) -> TrainingJob:
+def sgd_job(
+    *, epsilon: float, rate: float, rounds: int, local_steps: int, trainable: Literal["head", "adapter"] = "head"
+) -> TrainingJob:
     """A job in mode ``local_sgd`` whose training costs ``epsilon`` but for a hundredth of it."""
     privacy = LocalSgdSpec(
         target_epsilon=epsilon, delta=1e-5, evaluation_epsilon=1.0, centre_share=0.01, rounds=rounds,
@@ -61,7 +64,11 @@ def sgd_job(*, epsilon: float, rate: float, rounds: int, local_steps: int) -> Tr
         name="audit",
         data=DataSpec(asset_type="panel", test_fraction=0.2, synthetic_ceiling=0.0, minimum_items=1),
         model=ModelSpec(
-            backbone="tf_efficientnet_lite0", input_size=224, pooling=("average",), weights_digest="a" * 64
+            backbone="tf_efficientnet_lite0",
+            input_size=224,
+            pooling=("average",),
+            weights_digest="a" * 64,
+            trainable=trainable,
         ),
         grading=GradeScale(name="two", labels=("A", "B"), critical=(), cost=((0.0, 1.0), (1.0, 0.0))),
         privacy=privacy,
@@ -95,8 +102,11 @@ def sgd_scores(job: TrainingJob, *, canaries: int) -> CanaryScores:
     batch = round(_DECLARED * Fraction(mechanism.sampling_rate))
     # A step takes learning rate times noisy sum, over the expected batch, off the weights.
     step = _LEARNING_RATE * job.plan.max_grad_norm * float(mechanism.noise_multiplier) / batch
-    along = -np.asarray(total)[:AXES] / (step * math.sqrt(mechanism.steps * job.plan.rounds))
-    return CanaryScores(scores=along[:canaries], included=included, idle=along[canaries:])
+    along = -np.asarray(total) / (step * math.sqrt(mechanism.steps * job.plan.rounds))
+    # The head's constant bias feature, after the axes, is pulled by all canaries; an adapter's numbers by none: at
+    # thresholds of zero, nothing of the loss comes through to it.
+    idle = np.concatenate([along[canaries:AXES], along[AXES + 1 :]])
+    return CanaryScores(scores=along[:canaries], included=included, idle=idle)
 
 
 def judged(scores: CanaryScores, claim: AuditClaim) -> SgdFindings:
@@ -123,6 +133,6 @@ def _canary_rows(axes: npt.NDArray[np.int64]) -> SiteRows:
 
 
 def _update(job: TrainingJob, rows: SiteRows) -> npt.NDArray[np.float64]:
-    head = Head(thresholds=np.zeros(job.head_shape()), centre=np.zeros(AXES))
+    head = Head.of(job, np.zeros(job.parameters), np.zeros(AXES))
     raw = compute_release(job, "train", head, site=SITE, rows=lambda _: rows)
     return np.asarray(read_release(raw, job, "train", site=SITE), dtype=np.float64)

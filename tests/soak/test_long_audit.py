@@ -118,10 +118,11 @@ def audited():
         scores = in_several_runs(partial(scores_of, trial))
         boasted = twice_the_noise(scores, claim, epsilon=quarter_of_rho(claim))
         yield line(name, scores, claim), line(name + BOAST, *boasted)
-    job, name = long_sgd_job(), "`local_sgd`, one site's own updates"
-    scores = in_several_runs(partial(sgd_scores, job, canaries=CANARIES))
-    boasted = twice_the_noise(scores, sgd_claim(job), epsilon=sgd_claim(job, noise_factor=2).epsilon)
-    yield sgd_line(name, scores, sgd_claim(job)), sgd_line(name + BOAST, *boasted)
+    for trainable in ("head", "adapter"):
+        job, name = long_sgd_job(trainable=trainable), f"`local_sgd` of the {trainable}, one site's own updates"
+        scores = in_several_runs(partial(sgd_scores, job, canaries=CANARIES))
+        boasted = twice_the_noise(scores, sgd_claim(job), epsilon=sgd_claim(job, noise_factor=2).epsilon)
+        yield sgd_line(name, scores, sgd_claim(job)), sgd_line(name + BOAST, *boasted)
 
 
 def aggregated(*, distributed):
@@ -129,8 +130,8 @@ def aggregated(*, distributed):
     return trial, aggregate_scores, aggregate_claim(trial)
 
 
-def long_sgd_job():
-    return sgd_job(epsilon=SGD_EPSILON, rate=0.25, rounds=5, local_steps=16)
+def long_sgd_job(*, trainable="head"):
+    return sgd_job(epsilon=SGD_EPSILON, rate=0.25, rounds=5, local_steps=16, trainable=trainable)
 
 
 def mutants(monkeypatch):
