@@ -87,7 +87,13 @@ def context(label: str, *parts: bytes) -> bytes:
 
 
 def apply_masks(vector: IntArray, masks: Sequence[Mask]) -> IntArray:
-    """``vector`` [size] plus every mask, modulo 2^64, read as signed numbers. The vector itself stays as it was."""
+    """``vector`` [size] plus every mask, modulo 2^64, read as signed numbers. The vector itself stays as it was.
+
+    Raises:
+        MessageRefused: a mask was wiped, and would hide nothing.
+    """
+    if not all(any(mask.seed) for mask in masks):
+        raise MessageRefused("masks: one was used and wiped; it cannot hide a second vector")
     words: WordArray = vector.astype(np.uint64)
     streams = [(Cipher(algorithms.AES(mask.seed), modes.CTR(bytes(16))).encryptor(), mask) for mask in masks]
     buffer = bytearray(8 * _BLOCK + _SPARE)

@@ -75,7 +75,7 @@ class MaskedUpload:
 
 
 class SumSite:
-    """One site's part in one attempt after another, of one job at a time.
+    """One site's part in one attempt after another, of one job at a time; called by one thread at a time.
 
     Guarantee: in any one attempt it signs one set of participants, masks one vector, votes for one set of survivors,
     and reveals at most one of the two shares that it holds of each site.
@@ -119,9 +119,9 @@ class SumSite:
                 f"secure sum: {task.purpose} round {task.round_index} attempt {task.attempt} was begun before, or "
                 "something later was; ask for a further attempt"
             )
+        committed = self._committed(terms)
         self.forget()
         self._latest[task.job] = task.place
-        committed = self._committed(terms)
         self._attempt = committed
         self._answers[_request_digest(proposal)] = committed.envelope
         return committed.envelope
@@ -158,10 +158,13 @@ class SumSite:
         # Both ends as they are: the absolute value of the least int64 is negative.
         if int(vector.max()) > task.entry_limit or int(vector.min()) < -task.entry_limit:
             raise ModelRefused(f"vector: a number exceeds entry_limit {task.entry_limit} in size; the sum could wrap")
-        masked = apply_masks(vector, state.masks)
-        for mask in state.masks:
-            mask.wipe()
+        # Before anything can fail: whatever happens from here on, no second vector goes under these masks.
         self._attempt = Masked(agreed=state.agreed, held=state.held) if state.held else Over()
+        try:
+            masked = apply_masks(vector, state.masks)
+        finally:
+            for mask in state.masks:
+                mask.wipe()
         document = MaskedVector(
             transcript=state.agreed.transcript, site=self._site, vector_digest=vector_digest(masked)
         )
@@ -205,8 +208,8 @@ class SumSite:
             seed_shares={site: bytes(state.held[site].seed) for site in state.survivors},
             key_shares={site: bytes(held.key) for site, held in state.held.items() if site not in state.survivors},
         )
-        state.wipe()
         self._attempt = Over()
+        state.wipe()
         return self._answer(request, revealed)
 
     def forget(self) -> None:

@@ -9,23 +9,17 @@ from fedgrade.aggregation.secure_sum.coordinator import SumCoordinator
 from fedgrade.aggregation.secure_sum.documents import (
     MaskedVector,
     RevealedShares,
+    SumCommitment,
     SumCommitments,
     SumSurvivors,
     SumVotes,
 )
 from fedgrade.aggregation.secure_sum.masks import vector_digest
-from fedgrade.errors import (
-    DocumentRefused,
-    FedgradeError,
-    MessageRefused,
-    RoundFailed,
-)
+from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused, RoundFailed
 from fedgrade.trust.envelope import open_sealed, seal
-from fedgrade.trust.identity import SigningKey
 from tests.aggregation.secure_sum.partnership import KEYS, ROSTER, TASK, Partnership, names, numbers, plain_sum
 
 ALICE, BOB, CAROL, DAVE = names(4)
-COORDINATOR = SigningKey.generate()
 
 
 def opened(raw, kind, site):
@@ -169,3 +163,28 @@ def test_steps_out_of_order_are_refused_on_both_sides():
         coordinator.accept_vote(ALICE, b"")
     with pytest.raises(RoundFailed, match="0 sites revealed shares; 3 are needed"):
         Partnership.of(4, dropouts=1).masked()[0].total()
+
+
+def test_a_commitment_with_shares_for_the_wrong_sites_is_not_accepted():
+    partnership = Partnership.of(4, dropouts=1)
+    proposal = partnership.proposal()
+    coordinator = SumCoordinator(proposal.terms, roster=ROSTER)
+    honest = opened(partnership.commit(proposal)[BOB], SumCommitment, BOB)
+    short = {site: share for site, share in honest.shares.items() if site != CAROL}
+    for spoilt in (replace(honest, shares=short), replace(honest, seed_digest=""), replace(honest, shares={})):
+        with pytest.raises(MessageRefused, match="commitment of site-01: has shares for"):
+            coordinator.accept_commitment(BOB, seal(spoilt, KEYS[BOB]))
+
+
+def test_a_revealed_value_beyond_the_field_names_whose_secret_it_spoils():
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, _ = partnership.masked()
+    partnership.voted(coordinator)
+    votes = coordinator.votes()
+    for site in names(4):
+        revealed = opened(partnership.sites[site].reveal(votes), RevealedShares, site)
+        if site == ALICE:
+            revealed = replace(revealed, seed_shares={**revealed.seed_shares, DAVE: b"\xff" * 33})
+        coordinator.accept_shares(site, seal(revealed, KEYS[site]))
+    with pytest.raises(RoundFailed, match="shares of site-03 were altered"):
+        coordinator.total()

@@ -1,21 +1,23 @@
+"""Documents that cannot be, and how large the largest ones get."""
+
 import json
 from dataclasses import replace
 
 import pytest
 
 from fedgrade.aggregation.secure_sum.documents import (
+    MAX_RECOVERY_SITES,
+    SEALED_SHARES_BYTES,
+    SumCommitment,
+    SumCommitments,
     transcript_of,
 )
-from fedgrade.errors import (
-    FedgradeError,
-    MessageRefused,
-)
-from fedgrade.trust.canonical import decode, encode
-from fedgrade.trust.identity import SigningKey
-from tests.aggregation.secure_sum.partnership import TASK, Partnership, names
+from fedgrade.errors import FedgradeError, MessageRefused
+from fedgrade.trust.canonical import MAX_DOCUMENT_BYTES, decode, encode
+from fedgrade.trust.envelope import seal
+from tests.aggregation.secure_sum.partnership import KEYS, TASK, Partnership, names
 
-ALICE, BOB, CAROL, DAVE = names(4)
-COORDINATOR = SigningKey.generate()
+ALICE, BOB = names(2)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,23 @@ def test_the_transcript_depends_on_every_byte_and_on_whose_it_is():
     other = replace(terms, task=replace(TASK, attempt=1))
     found = {transcript_of(terms, one) for one in (envelopes, swapped, longer)} | {transcript_of(other, envelopes)}
     assert len(found) == 4
+
+
+def test_the_largest_commitments_fit_one_document():
+    # Names of 63 letters, every recovery site's share of every other's secrets, inside a signed request.
+    sites = [f"{number:063d}" for number in range(MAX_RECOVERY_SITES)]
+    commitment = SumCommitment(
+        terms_digest="00" * 32,
+        site=sites[0],
+        public_key="00" * 32,
+        seed_digest="00" * 32,
+        shares={site: bytes(SEALED_SHARES_BYTES) for site in sites[1:]},
+    )
+    envelope = seal(commitment, KEYS[ALICE]).decode()
+    everybody = SumCommitments(terms_digest="00" * 32, envelopes=dict.fromkeys(sites, envelope))
+    assert len(encode(everybody)) * 4 / 3 < MAX_DOCUMENT_BYTES
+
+
+def test_a_share_of_another_length_is_no_commitment():
+    with pytest.raises(MessageRefused, match="each share takes 94 bytes"):
+        SumCommitment(terms_digest="00" * 32, site=ALICE, public_key="00" * 32, seed_digest="", shares={BOB: bytes(93)})

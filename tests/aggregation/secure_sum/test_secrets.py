@@ -5,8 +5,9 @@ import secrets as operating_system
 import pytest
 
 from fedgrade.aggregation.secure_sum import site as site_module
-from fedgrade.aggregation.secure_sum.masks import Mask
+from fedgrade.aggregation.secure_sum.masks import Mask, apply_masks
 from fedgrade.aggregation.secure_sum.states import Over
+from fedgrade.errors import MessageRefused
 from tests.aggregation.secure_sum.partnership import Partnership, names, numbers
 
 
@@ -69,6 +70,32 @@ def test_without_recovery_nothing_is_held_after_the_vector_has_left():
     partnership = Partnership.of(3)
     partnership.masked()
     assert all(isinstance(machine._attempt, Over) for machine in partnership.sites.values())
+
+
+def test_a_crash_while_masking_leaves_no_masks_for_a_second_vector(monkeypatch):
+    partnership = Partnership.of(3)
+    _, commitments = partnership.committed()
+    machine = partnership.sites[names(1)[0]]
+    machine.confirm(commitments)
+    seeds = buffers(machine._attempt)
+    with monkeypatch.context() as patch:
+        patch.setattr(site_module, "apply_masks", out_of_memory)
+        with pytest.raises(MemoryError):
+            machine.mask(numbers(names(1)[0]))
+    assert not any(any(seed) for seed in seeds)
+    with pytest.raises(MessageRefused, match="out of order"):
+        machine.mask(numbers(names(1)[0]))
+
+
+def out_of_memory(*_):
+    raise MemoryError
+
+
+def test_a_mask_that_was_wiped_hides_nothing_and_is_refused():
+    mask = Mask(seed=bytearray(b"s" * 32), negative=False)
+    mask.wipe()
+    with pytest.raises(MessageRefused, match="used and wiped"):
+        apply_masks(numbers(names(1)[0]), [mask])
 
 
 def test_secrets_do_not_print():
