@@ -119,4 +119,4 @@ def _tilt(step: Step, *, mean: float) -> float:
 def _masses(edges: FloatArray) -> FloatArray:
     """Of the standard normal between ``edges`` [bins + 1], exact in both tails; [bins]."""
     low, high = edges[:-1], edges[1:]
-    return np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
+    return np.asarray(np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low)))

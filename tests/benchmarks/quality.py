@@ -8,6 +8,7 @@ quality; the product never does this).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,25 +91,29 @@ def load_photos(features: FloatArray) -> Photos:
 
 
 def train(photos: Photos, chosen: npt.NDArray[np.bool_], spec: JobSpec, *, plan: PrivacyPlan | None, shares: int,
-          rng: np.random.Generator, loss: Loss = ORDINAL) -> tuple[FloatArray, FloatArray]:  # fmt: skip
-    """Head and centre trained on the ``chosen`` photos; ``shares`` sites each add the plan's noise in full."""
+          rng: np.random.Generator, loss: Loss = ORDINAL, precision: type[np.floating[Any]] = np.float64,
+          ) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+    """Head and centre trained on the ``chosen`` photos; ``shares`` sites each add the plan's noise in full.
+
+    Products of photos and weights are taken in ``precision``: they are all the time it takes.
+    """
     features, grades, items = photos.features[chosen], photos.grades[chosen], int(chosen.sum())
     noise = 0.0 if plan is None else np.sqrt(shares)
     centre = features.sum(axis=0)
     if plan is not None:
         centre += rng.normal(size=centre.shape) * noise * plan.centre.scale / plan.centre.sensitivity
     centre /= items
-    inputs = head_inputs(features, centre)
+    inputs = head_inputs(features, centre).astype(precision)
     lengths = np.linalg.norm(inputs, axis=1)
     targets = loss.targets(grades, spec.grading.grades)
     state = ServerState.start(np.zeros((targets.shape[1], inputs.shape[1])))
     rounds = spec.privacy.rounds
     for index in range(rounds):
-        residuals = loss.predicted(state.weights, inputs) - targets
+        residuals = loss.predicted(state.weights.astype(precision), inputs) - targets
         if plan is not None:
             norms = np.linalg.norm(residuals, axis=1) * lengths
             residuals *= np.minimum(1.0, plan.max_grad_norm / np.maximum(norms, 1e-12))[:, None]
-        gradient = residuals.T @ inputs
+        gradient = np.asarray(residuals.T.astype(precision) @ inputs, dtype=np.float64)
         if plan is not None:
             scale = noise * plan.max_grad_norm * plan.train.scale / plan.train.sensitivity
             gradient += rng.normal(size=gradient.shape) * scale

@@ -4,10 +4,9 @@ The recipe of each epsilon was picked elsewhere, on random splits of these same 
 by module, so that no test photo has a neighbour from its own module in training.
 """
 
-import os
 import statistics
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,8 +83,10 @@ def utility(spec: JobSpec, photos: Photos) -> str:
         for epsilon in EPSILONS
         for seed in range(SEEDS if epsilon else 1)
     ]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        folds = list(pool.map(fold_counts, trials))
+    folds = []
+    for trial in trials:
+        folds.append(fold_counts(trial))
+        sys.stderr.write(f"utility: {trial.method.name} at epsilon {trial.epsilon}\n")
     lines = ["| method | " + " | ".join("ε = ∞" if e is None else f"ε = {e:g}" for e in EPSILONS) + " |"]
     lines.append("|---" * (len(EPSILONS) + 1) + "|")
     for method in METHODS:
@@ -115,8 +116,9 @@ def fold_counts(trial: Trial) -> list[ConfusionCounts]:
         of_fold = ConfusionCounts.zero(spec.grading.grades)
         for chosen in _groups(trial, fold):
             weights, centre = train(
-                trial.photos, chosen, spec, plan=plan, shares=method.shares, rng=rng, loss=method.loss
-            )
+                trial.photos, chosen, spec, plan=plan, shares=method.shares, rng=rng, loss=method.loss,
+                precision=np.float32,
+            )  # fmt: skip
             test = trial.photos.folds == fold
             decided = method.loss.decided(weights, head_inputs(trial.photos.features[test], centre))
             of_fold = of_fold.merge(counted(trial.photos.grades[test], decided, spec))
