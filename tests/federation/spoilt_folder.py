@@ -14,6 +14,7 @@ def checked_files(root: Path):
     patterns = (
         "sites/*/ledger.jsonl",
         "coordinator/ledger.jsonl",
+        "coordinator/witnessed/*.json",
         "jobs/*/receipts/*/*",
         "jobs/*/evaluation/*",
         "jobs/*/release/*",
