@@ -1,13 +1,14 @@
 """What item-level privacy costs a step: the same model and batch without privacy, by the product, and by Opacus.
 
 Every way ends with one clipped sum of item gradients (without privacy: the sum). Noise is left out on all sides: it
-does not depend on the number of items, and has figures of its own. One thread each, double precision throughout.
+does not depend on the number of items, and has figures of its own. One thread each.
 """
 
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,107 +19,151 @@ from stopwatch import paired_seconds, ratio
 from torch import nn
 from torch.nn import functional
 
-from fedgrade.items import ItemBatch
+from fedgrade.items import ItemBatch, ItemPhotos
 from fedgrade.job import JobSpec
+from fedgrade.model.backbones import Compute
 from fedgrade.model.head import head_inputs
 from fedgrade.model.networks import item_module
-from fedgrade.model.spec import ModelSpec
-from fedgrade.training import SgdRecipe, _GhostSteps, clipped_gradient_sum
+from fedgrade.model.spec import RESNET10T_GN_START_DIGEST, ModelSpec
+from fedgrade.training import SgdRecipe, _GhostSteps, _HookedSteps, clipped_gradient_sum
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
-ITEMS = 1024
-REPETITIONS = 15
+ITEMS, REPETITIONS = 1024, 15
+PHOTOS, PHOTO_REPETITIONS = 16, 5
 CLIP = 1.0
+RECIPE = SgdRecipe(
+    mechanism=PoissonGaussian(sampling_rate=Fraction(1), noise_multiplier=Fraction(1), steps=1),
+    max_grad_norm=CLIP,
+    learning_rate=1e-6,
+    declared_items=ITEMS,
+)
 PRODUCT, PLAIN = "fedgrade", "no privacy (torch)"
 HOOKS, FUNCTORCH, GHOST = "Opacus, hooks", "Opacus, functorch", "Opacus, ghost"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A model at its start, and a batch of items of one photo each."""
+    """A model at its start, and a batch of items of one photo each.
+
+    ``inputs`` is what the module sees: [items, 1, features + 1] or [items, 3, input, input].
+    """
 
     model: ModelSpec
     thresholds: npt.NDArray[np.float64]
-    batch: ItemBatch
+    inputs: npt.NDArray[Any]
+    grades: npt.NDArray[np.int64]
+    repetitions: int
 
     def module(self) -> nn.Module:
         """A fresh module of the model."""
         change = np.zeros(self.model.network_parameters, dtype=np.float32)
         centre = np.zeros(self.model.feature_dimensions)
-        return item_module(self.model, thresholds=self.thresholds, centre=centre, change=change)
+        return item_module(self.model, thresholds=self.thresholds, centre=centre, change=change).train()
 
 
 def gradients(spec: JobSpec) -> str:
-    """Tables of the head and of the adapter."""
+    """Tables of the head, of the adapter and of a whole network."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # A head in the making: at zero, gradients of the adapter would vanish.
-        head = _problem(spec, spec.model)
-        adapter = _problem(spec, replace(spec.model, trainable="adapter", pooling=("average",)))
-        tables = [_table("head", head, _head_ways(head)), _table("adapter and head", adapter, _adapter_ways(adapter))]
+        head = _on_features(spec, spec.model)
+        adapter = _on_features(spec, replace(spec.model, trainable="adapter", pooling=("average",)))
+        network = _on_photos(spec)
+        tables = [
+            _table(f"head, {ITEMS} items", head, {PRODUCT: _full_batch(head), **_others(head)}),
+            _table(f"adapter and head, {ITEMS} items", adapter, {PRODUCT: _ghost_steps(adapter), **_others(adapter)}),
+            _table(f"network and head, {PHOTOS} photos", network, {PRODUCT: _hooked(network), **_others(network)}),
+        ]
     finally:
         torch.set_num_threads(threads)
     setup = (
-        f"{ITEMS} items, medians of {REPETITIONS} repetitions in turn; one thread, float64; clipped sums, no noise. "
-        "*fedgrade* is `clipped_gradient_sum` for the head (every item on the exact integer grid, by sums whose last "
-        "bit no other item can move), and the step of `local_sgd` for the adapter (rank 16, features of one pooling)."
+        f"Medians of {REPETITIONS} repetitions in turn ({PHOTO_REPETITIONS} for photos); one thread; clipped sums, no "
+        "noise. *fedgrade* is `clipped_gradient_sum` for the head (every item on the exact integer grid, by sums whose "
+        "last bit no other item can move), and a step of `local_sgd` for the adapter (rank 16, features of one "
+        "pooling) and for the network (ResNet-10-T with group norms, photos of 96 pixels; items' gradients in double "
+        "precision). Features are in double precision for all, photos in single."
     )
     return "\n\n".join([setup, *tables])
 
 
-def _problem(spec: JobSpec, model: ModelSpec) -> Problem:
+def _on_features(spec: JobSpec, model: ModelSpec) -> Problem:
     rng = np.random.default_rng(0)
     centre = rng.normal(size=model.feature_dimensions) * 0.01
     inputs = head_inputs(np.abs(rng.normal(size=(ITEMS, model.feature_dimensions))), centre)
     return Problem(
         model=model,
+        # A head in the making: at zero, gradients of the adapter would vanish.
         thresholds=rng.normal(size=(spec.grading.grades - 1, inputs.shape[1])),
-        batch=ItemBatch(
-            inputs=inputs[:, None, :],
-            photo_weights=np.ones((ITEMS, 1)),
-            grades=rng.integers(spec.grading.grades, size=ITEMS),
-        ),
+        inputs=inputs[:, None, :],
+        grades=rng.integers(spec.grading.grades, size=ITEMS),
+        repetitions=REPETITIONS,
     )
 
 
-def _head_ways(problem: Problem) -> dict[str, Callable[[], object]]:
-    mechanism = DiscreteGaussian(sensitivity=2**20, scale=2**24)
+def _on_photos(spec: JobSpec) -> Problem:
+    rng = np.random.default_rng(0)
+    model = ModelSpec(
+        backbone="resnet10t_gn", input_size=96, pooling=("average",), weights_digest=RESNET10T_GN_START_DIGEST,
+        trainable="network",
+    )  # fmt: skip
+    return Problem(
+        model=model,
+        thresholds=rng.normal(size=(spec.grading.grades - 1, model.feature_dimensions + 1)),
+        inputs=rng.normal(size=(PHOTOS, 3, model.input_size, model.input_size)).astype(np.float32),
+        grades=rng.integers(spec.grading.grades, size=PHOTOS),
+        repetitions=PHOTO_REPETITIONS,
+    )
+
+
+def _others(problem: Problem) -> dict[str, Callable[[], object]]:
     return {
         PLAIN: _plain(problem),
-        PRODUCT: lambda: clipped_gradient_sum(
-            problem.thresholds, problem.batch, max_grad_norm=CLIP, mechanism=mechanism
-        ),
         GHOST: _ghost(problem),
         HOOKS: _materialised(problem, functorch=False),
         FUNCTORCH: _materialised(problem, functorch=True),
     }
 
 
-def _adapter_ways(problem: Problem) -> dict[str, Callable[[], object]]:
-    recipe = SgdRecipe(
-        mechanism=PoissonGaussian(sampling_rate=Fraction(1), noise_multiplier=Fraction(1), steps=1),
-        max_grad_norm=CLIP,
-        learning_rate=1e-6,
-        declared_items=ITEMS,
-    )
-    steps = _GhostSteps(problem.module(), problem.batch, recipe)
+def _full_batch(problem: Problem) -> Callable[[], object]:
+    mechanism, batch = DiscreteGaussian(sensitivity=2**20, scale=2**24), _batch(problem)
+    return lambda: clipped_gradient_sum(problem.thresholds, batch, max_grad_norm=CLIP, mechanism=mechanism)
 
-    def product() -> None:
+
+def _ghost_steps(problem: Problem) -> Callable[[], object]:
+    batch = _batch(problem)
+    steps = _GhostSteps(problem.module(), batch, RECIPE)
+
+    def step() -> None:
         steps._optimizer.zero_grad()
-        steps._add(problem.batch)
+        steps._add(batch)
 
-    return {
-        PLAIN: _plain(problem),
-        PRODUCT: product,
-        GHOST: _ghost(problem),
-        HOOKS: _materialised(problem, functorch=False),
-        FUNCTORCH: _materialised(problem, functorch=True),
-    }
+    return step
+
+
+def _hooked(problem: Problem) -> Callable[[], object]:
+    photos = ItemPhotos(
+        opened=lambda numbers: problem.inputs[numbers],
+        photos=tuple(np.array([number]) for number in range(PHOTOS)),
+        grades=problem.grades,
+        views=("upright",),
+        compute=Compute(device="cpu", threads=1),
+    )
+    steps = _HookedSteps(problem.module(), photos, RECIPE)
+
+    def step() -> None:
+        steps._optimizer.zero_grad()
+        for start in range(0, PHOTOS, steps._items_at_once):
+            steps._add(photos.take(slice(start, start + steps._items_at_once)))
+
+    return step
+
+
+def _batch(problem: Problem) -> ItemBatch:
+    return ItemBatch(inputs=problem.inputs, photo_weights=np.ones((ITEMS, 1)), grades=problem.grades)
 
 
 def _plain(problem: Problem) -> Callable[[], object]:
-    module, inputs, grades = problem.module(), torch.from_numpy(problem.batch.inputs), _exceeds(problem)
+    module, inputs, grades = problem.module(), torch.from_numpy(problem.inputs), _exceeds(problem)
 
     def step() -> None:
         module.zero_grad()
@@ -132,9 +177,9 @@ def _materialised(problem: Problem, *, functorch: bool) -> Callable[[], object]:
     wrapped = GradSampleModule(_plain_layers(problem), loss_reduction="sum", force_functorch=functorch)
     optimizer = DPOptimizer(
         torch.optim.SGD(wrapped.parameters(), lr=1e-6), noise_multiplier=0.0, max_grad_norm=CLIP,
-        expected_batch_size=ITEMS,
+        expected_batch_size=len(problem.grades),
     )  # fmt: skip
-    inputs, grades = torch.from_numpy(problem.batch.inputs).requires_grad_(), _exceeds(problem)
+    inputs, grades = torch.from_numpy(problem.inputs).requires_grad_(), _exceeds(problem)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -149,7 +194,7 @@ def _ghost(problem: Problem) -> Callable[[], object]:
     wrapped = GradSampleModuleFastGradientClipping(
         _plain_layers(problem), loss_reduction="sum", max_grad_norm=CLIP, use_ghost_clipping=True
     )
-    inputs, grades = torch.from_numpy(problem.batch.inputs).requires_grad_(), _exceeds(problem)
+    inputs, grades = torch.from_numpy(problem.inputs).requires_grad_(), _exceeds(problem)
 
     def step() -> None:
         losses = _losses(wrapped, inputs, grades)
@@ -185,17 +230,18 @@ def _linear(layer: nn.Linear) -> nn.Linear:
 def _losses(module: nn.Module, inputs: torch.Tensor, exceeds: torch.Tensor) -> torch.Tensor:
     """Losses [items]."""
     scores = module(inputs)
-    return functional.binary_cross_entropy_with_logits(scores, exceeds, reduction="none").sum(dim=(1, 2))
+    losses = functional.binary_cross_entropy_with_logits(scores, exceeds.view_as(scores), reduction="none")
+    return losses.flatten(1).sum(dim=1)
 
 
 def _exceeds(problem: Problem) -> torch.Tensor:
-    above = problem.batch.grades[:, None] > np.arange(len(problem.thresholds))
-    return torch.from_numpy(above[:, None, :].astype(np.float64))
+    above = problem.grades[:, None] > np.arange(len(problem.thresholds))
+    return torch.from_numpy(above.astype(problem.inputs.dtype))
 
 
 def _table(title: str, problem: Problem, ways: dict[str, Callable[[], object]]) -> str:
     parameters = sum(parameter.numel() for parameter in problem.module().parameters())
-    seconds = paired_seconds(ways, repetitions=REPETITIONS)
+    seconds = paired_seconds(ways, repetitions=problem.repetitions)
     lines = [f"| {title}, {parameters:,} parameters | ms a step | of no privacy | hooks take so many times that |"]
     lines.append("|---|---|---|---|")
     for name, taken in seconds.items():
