@@ -149,6 +149,14 @@ def test_roots_and_heads_of_the_proof_are_those_of_the_lines_on_disk(troubled_fo
         assert roots_at(path, sizes={entries}) == {entries: root}
 
 
+def test_the_page_counts_the_heads_that_the_other_side_saw(troubled_folder, troubled_page):
+    proof = verify_federation(troubled_folder)
+    receipts = sum(len(closed.receipts) for job in proof.jobs.values() for closed in job.rounds)
+    shown = sum(len(site.checkpoints) for site in proof.sites.values())
+    assert proof.witnessed == receipts + shown > 0
+    assert f"{proof.witnessed:,} ledger heads countersigned by the other side" in Page(troubled_page).text
+
+
 def test_the_page_says_where_the_roster_came_from(troubled_folder, troubled_page):
     assert "found in the same folder as the ledgers" in Page(troubled_page).text
     brought = Page(report(troubled_folder, roster_source="verifier")).text
