@@ -168,6 +168,19 @@ def test_commitments_of_an_earlier_attempt_are_refused():
     refuses_and_stays(machine, earlier, honest, "to other terms than this site signed")
 
 
+def test_a_site_is_not_shown_what_it_signed_before_a_restart():
+    partnership = Partnership.of(4)
+    proposal = partnership.proposal()
+    before = partnership.sites[ALICE].commit(proposal, task=TASK, floor=FLOOR)
+    restarted = SumSite(site=ALICE, key=KEYS[ALICE], roster=ROSTER)
+    honest = Partnership(sites={**partnership.sites, ALICE: restarted}, task=TASK, dropouts=0).commit(proposal)
+    envelopes = {site: raw.decode() for site, raw in honest.items()}
+    shown = SumCommitments(terms_digest=proposal.terms.digest, envelopes={**envelopes, ALICE: before.decode()})
+    with pytest.raises(MessageRefused, match="the one of site-00 is not what this site signed"):
+        restarted.confirm(shown)
+    restarted.confirm(replace(shown, envelopes=envelopes))
+
+
 @pytest.mark.parametrize(
     "change", [{"attempt": 0}, {"round_index": 2, "attempt": 5}, {"purpose": "centre", "round_index": 9}]
 )
