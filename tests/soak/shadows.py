@@ -11,12 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedgrade.federation import releases, rounds
+from fedgrade.federation.conversation import Gathered
 from fedgrade.federation.payloads import Head, read_release
 from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.job import JobSpec, TrainingJob, plan_job
@@ -52,13 +52,6 @@ class Shadow:
     members: BoolArray
 
 
-@dataclass(frozen=True, kw_only=True)
-class Releases:
-    """All that a step reads of what a stage gathered; receipts are for ledgers, and there are none here."""
-
-    releases: dict[SiteId, npt.NDArray[Any]]
-
-
 def job_at(spec: JobSpec, epsilon: float | None, *, declared: int) -> TrainingJob:
     """``spec`` in mode ``local`` at ``epsilon``; without one, a job whose clip no gradient reaches."""
     if not isinstance(spec.privacy, LocalSpec):
@@ -91,7 +84,9 @@ def trained(shadow: Shadow) -> Head:
     chosen, items = shadow.members, shadow.items
     job = job_at(shadow.spec, shadow.epsilon, declared=len(items.grades) // 2)
     rows = SiteRows(
-        features=items.features[chosen], item_index=np.arange(int(chosen.sum())), grades=items.grades[chosen]
+        features=items.features[chosen].astype(np.float64),
+        item_index=np.arange(int(chosen.sum())),
+        grades=items.grades[chosen],
     )
     with noise_of(shadow.epsilon):
         state = rounds._start(job)
@@ -99,7 +94,9 @@ def trained(shadow: Shadow) -> Head:
             head = rounds._head(job, state, stage)
             raw = compute_release(job, stage.purpose, head, site=SITE, rows=lambda _: rows)
             release = read_release(raw, job, stage.purpose, site=SITE)
-            state = rounds._advance(job, state, stage, Releases(releases={SITE: release}))
+            # Receipts and ledgers are for what is charged, which no model depends on.
+            gathered = Gathered(releases={SITE: release}, receipts={}, tensors={SITE: raw}, ledgers={})
+            state = rounds._advance(job, state, stage, gathered)
     return rounds._final_head(job, state)
 
 
@@ -108,7 +105,7 @@ def noise_of(epsilon: float | None) -> Iterator[None]:
     """The site's own noise; none at all without an epsilon, which no job can ask for."""
     honest = releases.discrete_gaussian
     if epsilon is None:
-        releases.discrete_gaussian = _silence  # type: ignore[assignment]
+        releases.discrete_gaussian = _silence
     try:
         yield
     finally:
