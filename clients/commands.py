@@ -1,9 +1,12 @@
 """``fedgrade site``: what a partner types. The one place where a node's process is put together."""
 
 import logging
+import re
 import signal
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 
 import click
@@ -12,7 +15,11 @@ from clients.agent import AgentClient, AgentServer, AgentStatus
 from clients.gate import Gate
 from clients.node import LinkState, log_state, serve
 from clients.settings import read_site
+from fedgrade.errors import DocumentRefused
+from fedgrade.trust.identity import SigningKey
+from fedgrade.trust.records import AccountKey, Partition
 
+_NUMBER = re.compile(r"-?[0-9]{1,20}(/0*[1-9][0-9]{0,19}|\.[0-9]{1,20})?")
 SITE_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -71,6 +78,45 @@ def resume(site_file: Path) -> None:
 def drain(site_file: Path) -> None:
     """Finish the answer under way, then end the node's process."""
     _ask(site_file, AgentClient.drain)
+
+
+@site.command(
+    epilog='Example: fedgrade site correct site.yaml --cohort 2026-11 --side train --rho 1/500 --reason "clip was off"'
+)
+@click.argument("site_file", type=SITE_FILE)
+@click.option("--cohort", required=True, help="Whose items spent more than the ledger says.")
+@click.option("--side", type=click.Choice(["train", "test"]), required=True, help="Training or held-out items.")
+@click.option("--rho", required=True, help="How much more: of zero-concentrated privacy, exact, as 1/500 or 0.002.")
+@click.option("--reason", required=True, help="What went wrong, in one line; auditors read it.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def correct(site_file: Path, cohort: str, side: Partition, rho: str, reason: str, *, yes: bool) -> None:
+    """Put on record that items have spent more privacy than was charged. This is never taken back.
+
+    The node must not be running: drain it first.
+    """
+    # Imported here: the accountant takes a second, and `fedgrade site status` should not wait for it.
+    from fedgrade.federation.charging import Charging  # noqa: PLC0415
+    from fedgrade.privacy.accounting import printed  # noqa: PLC0415
+
+    folder = read_site(site_file)
+    amount = _exact(rho)
+    account = AccountKey(partner=folder.settings.site, lineage=folder.settings.lineage, cohort=cohort, partition=side)
+    if not yes:
+        click.confirm(f"Charge {cohort}/{side} rho {float(amount):g} more, for good?", abort=True)
+    key = SigningKey.load(folder.path(folder.settings.key))
+    ledger = folder.path(folder.settings.ledger)
+    if not ledger.exists():
+        raise DocumentRefused(f"ledger {ledger}: there is none yet, so that nothing was spent")
+    with Charging.open(ledger, site=folder.settings.site, key=key, clock=lambda: datetime.now(UTC)) as charging:
+        after = charging.correct(account, rho=amount, reason=reason)
+    click.echo(f"on record; {cohort}/{side} has spent epsilon {printed(after)} in all")
+
+
+def _exact(text: str) -> Fraction:
+    """The exact fraction in ``text``, which a person typed; huge ones could not even be written down."""
+    if _NUMBER.fullmatch(text):
+        return Fraction(text)
+    raise click.BadParameter(f"{text[:40]!r} is no exact number; write 1/500 or 0.002", param_hint="--rho")
 
 
 class _LinkWord:

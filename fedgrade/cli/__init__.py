@@ -6,6 +6,7 @@
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.privacy.accounting import printed
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
+from fedgrade.trust.software import running_software
 
 FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -100,6 +102,8 @@ def verify(folder: Path, roster: Path | None, *, partial: bool) -> None:
     for job in proof.jobs.values():
         release = f"release {job.release.digest[:16]}" if job.release else "not released"
         console.print(f"job {job.job.spec.name} {job.job.digest[:16]}: {len(job.rounds)} stages, {release}")
+    for line in _software_lines(proof):
+        console.print(line)
     missing = sorted({site for job in proof.jobs.values() for site in job.job.participants} - set(proof.sites))
     if missing:
         console.print(
@@ -207,6 +211,18 @@ def _printable(text: str) -> str:
 def _shown(text: str) -> str:
     """``text`` as rich shows it letter by letter."""
     return escape(_printable(text))
+
+
+def _software_lines(proof: FederationProof) -> Iterator[str]:
+    """What ran, by each site's own word, and whether this installation is the same."""
+    here = running_software()
+    ran: dict[tuple[str, str], set[str]] = {}
+    for site, ledger in proof.sites.items():
+        for software in ledger.software.values():
+            ran.setdefault((software.fedgrade, software.source), set()).add(site)
+    for (version, source), sites in ran.items():
+        same = "the same as here" if source == here.source else "not the source installed here"
+        yield f"ran fedgrade {_shown(version)}, source {source[:16]}, {same}: {', '.join(sorted(sites))}"
 
 
 def _spending_table(proof: FederationProof) -> Table:

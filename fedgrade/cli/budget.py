@@ -40,6 +40,8 @@ def budget(paths: tuple[Path, ...], roster: Path | None) -> None:
     for path in paths:
         sites = _proofs(path, trusted)
         console.print(_table(sites, title=f"Privacy budgets of {shown_name(str(path))}, epsilon per item"))
+        for line in _corrections(sites):
+            console.print(line)
     if trusted is None:
         console.print("The roster came from the folder itself; compare its keys with ones you trust, or give --roster.")
 
@@ -92,6 +94,17 @@ def _table(sites: list[SiteProof], *, title: str) -> Table:
     return table
 
 
+def _corrections(sites: list[SiteProof]) -> Iterator[str]:
+    """What partners put on record as spent and not charged, a line each."""
+    for site in sites:
+        for sequence, correction in site.corrections.items():
+            account = correction.account
+            name = shown_name(f"{site.site}/{account.lineage}/{account.cohort}/{account.partition}")
+            yield (
+                f"Corrected by entry {sequence}: {name} spent rho {float(correction.rho):.4g} more; {correction.reason}"
+            )
+
+
 def _ordered(site: SiteProof) -> Iterator[tuple[AccountKey, AccountProof]]:
     yield from sorted(
         site.accounts.items(), key=lambda one: (one[0].lineage, one[0].cohort, one[0].partition != "train")
@@ -110,7 +123,7 @@ def _cells(site: SiteProof, key: AccountKey, account: AccountProof) -> Iterator[
     yield str(len({charge.reserve.job for charge in charges}))
     yield str(len(charges))
     yield str(waste(charges))
-    yield one_more(key, account, job=site.jobs[charges[-1].reserve.job])
+    yield one_more(key, account, job=site.jobs[charges[-1].reserve.job]) if charges else "nothing ran yet"
 
 
 def left(used: float, *, ceiling: Fraction) -> str:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,7 @@ from fedgrade.trust.records import (
     AccountKey,
     Checkpoint,
     Commit,
+    Correction,
     DatasetOpened,
     Mechanism,
     Partition,
@@ -29,6 +31,7 @@ from fedgrade.trust.records import (
     Purpose,
     Reserve,
 )
+from fedgrade.trust.software import running_software
 from fedgrade.trust.transparency import TreeHead
 
 logger = logging.getLogger(__name__)
@@ -136,6 +139,7 @@ class Charging:
                     mode=job.plan.mode,
                     participants=len(job.participants),
                     accounts=accounts,
+                    software=running_software(),
                 )
             )
 
@@ -290,6 +294,22 @@ class Charging:
         """Record that the reserved release will not happen. The charge stands."""
         self._append(Abort(reserve=reserved.sequence, reason=reason))
 
+    def correct(self, account: AccountKey, *, rho: Fraction, reason: str) -> float:
+        """Put on record that ``account`` spent ``rho`` more than was charged; its epsilon from here on.
+
+        Raises:
+            LedgerBroken: no such cohort is under account.
+            DocumentRefused: ``rho`` is not positive, or the reason is none.
+        """
+        dataset = self._datasets.get((account.lineage, account.cohort))
+        if dataset is None:
+            known = ", ".join(sorted(self.opened)) or "none yet"
+            raise LedgerBroken(
+                f"ledger {self._writer.path}: {account.lineage}/{account.cohort} is not under account; known: {known}"
+            )
+        self._append(Correction(account=account, rho=rho, reason=reason))
+        return self.spending(account).epsilon(delta=dataset.delta, composition=dataset.composition)
+
     def close(self) -> None:
         """Give the ledger up."""
         self._writer.close()
@@ -300,7 +320,9 @@ class Charging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _append(self, body: DatasetOpened | PlanAccepted | Reserve | Commit | Abort | Checkpoint) -> Appended:
+    def _append(
+        self, body: DatasetOpened | PlanAccepted | Reserve | Commit | Abort | Correction | Checkpoint
+    ) -> Appended:
         appended = self._writer.append(body, now=self._clock())
         self._fold(body)
         return appended
@@ -314,6 +336,8 @@ class Charging:
                 self._datasets[body.lineage, body.cohort] = body
             case PlanAccepted():
                 self._plans[body.job] = body
+            case Correction():
+                charge_all(self._spending, body)
             case Reserve():
                 charge_all(self._spending, body)
                 ask = Ask(job=body.job, purpose=body.purpose, round_index=body.round_index, attempt=body.attempt)

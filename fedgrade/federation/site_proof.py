@@ -20,6 +20,7 @@ from fedgrade.trust.records import (
     Checkpoint,
     Commit,
     Composition,
+    Correction,
     DatasetOpened,
     Genesis,
     Partition,
@@ -27,6 +28,7 @@ from fedgrade.trust.records import (
     Released,
     Reserve,
     RoundClosed,
+    Software,
 )
 from fedgrade.trust.transparency import MerkleTree, TreeHead, open_head
 
@@ -62,7 +64,8 @@ class SiteProof:
     ``head`` is the digest of the last line and ``root`` that of the tree over all of them, as in a
     :class:`~fedgrade.trust.transparency.TreeHead`; either stands for the whole ledger. ``roots`` are those at the
     sizes that were asked for and that it reaches; ``checkpoints`` the heads of the coordinator's ledger that the site
-    recorded, by sequence number.
+    recorded, by sequence number. ``software`` is what ran each job, by the site's own word; ``corrections`` by sequence
+    number.
     """
 
     site: SiteId
@@ -73,7 +76,9 @@ class SiteProof:
     checkpoints: dict[int, TreeHead]
     accounts: dict[AccountKey, AccountProof]
     charges: dict[int, Charge]
+    corrections: dict[int, Correction]
     jobs: dict[str, TrainingJob]
+    software: dict[str, Software]
     committed_lines: frozenset[str]
 
     def charges_to(self, account: AccountKey) -> tuple[Charge, ...]:
@@ -140,6 +145,8 @@ class _Reading:
     datasets: dict[tuple[str, str], DatasetOpened] = field(default_factory=dict)
     spending: dict[AccountKey, Spending] = field(default_factory=dict)
     jobs: dict[str, TrainingJob] = field(default_factory=dict)
+    software: dict[str, Software] = field(default_factory=dict)
+    corrections: dict[int, Correction] = field(default_factory=dict)
     admitted: dict[str, frozenset[AccountKey]] = field(default_factory=dict)
     charges: dict[int, Charge] = field(default_factory=dict)
     places: set[tuple[str, str, int, int]] = field(default_factory=set)
@@ -162,6 +169,8 @@ class _Reading:
                 self.committed.add(line_digest)
             case Abort():
                 self._settle(body.reserve, "aborted", place=None)
+            case Correction():
+                self._correct(entry.sequence, body)
             case Checkpoint():
                 self._checkpoint(entry.sequence, body)
             case RoundClosed() | Released():
@@ -187,7 +196,9 @@ class _Reading:
             checkpoints=self.checkpoints,
             accounts=accounts,
             charges=self.charges,
+            corrections=self.corrections,
             jobs=self.jobs,
+            software=self.software,
             committed_lines=frozenset(self.committed),
         )
 
@@ -210,6 +221,15 @@ class _Reading:
         for account in body.accounts:
             self._dataset(account)
         self.admitted[job.digest] = frozenset(body.accounts)
+        self.software[job.digest] = body.software
+
+    def _correct(self, sequence: int, body: Correction) -> None:
+        """A correction may pass the ceiling: it tells the truth about what is spent already."""
+        if body.account.partner != self.site:
+            raise LedgerBroken(f"corrects an account of {body.account.partner}")
+        self._dataset(body.account)
+        charge_all(self.spending, body)
+        self.corrections[sequence] = body
 
     def _checkpoint(self, sequence: int, body: Checkpoint) -> None:
         if body.owner != COORDINATOR:

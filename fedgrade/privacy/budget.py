@@ -12,7 +12,15 @@ from types import MappingProxyType
 
 from fedgrade.errors import BudgetExceeded, PlanRefused
 from fedgrade.privacy.accounting import poisson_epsilon, printed, zcdp_epsilon, zcdp_rho
-from fedgrade.trust.records import AccountKey, Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Reserve
+from fedgrade.trust.records import (
+    AccountKey,
+    Composition,
+    Correction,
+    DiscreteGaussian,
+    Mechanism,
+    PoissonGaussian,
+    Reserve,
+)
 
 _HIGHEST_CEILING = Fraction(1000)
 
@@ -68,13 +76,18 @@ class Ceiling:
     composition: Composition
 
 
-def charge_all(accounts: dict[AccountKey, Spending], reserve: Reserve) -> None:
-    """Add the cost of ``reserve`` to every account that pays for it, whether or not the release then happens.
+def charge_all(accounts: dict[AccountKey, Spending], entry: Reserve | Correction) -> None:
+    """Add the cost of ``entry`` to every account that pays for it, whether or not a release then happens.
 
     The one fold of charges: the partner's node, its budget command and the compliance laptop all go through it.
     """
-    for account in reserve.accounts:
-        accounts[account] = accounts.get(account, Spending()).charged(reserve.mechanism, job=reserve.job)
+    match entry:
+        case Reserve():
+            for account in entry.accounts:
+                accounts[account] = accounts.get(account, Spending()).charged(entry.mechanism, job=entry.job)
+        case Correction():
+            standing = accounts.get(entry.account, Spending())
+            accounts[entry.account] = replace(standing, rho=standing.rho + entry.rho)
 
 
 def require_within(spending: Spending, *, ceiling: Ceiling, account: AccountKey) -> None:

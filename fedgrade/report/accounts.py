@@ -10,7 +10,9 @@ from fedgrade.privacy.budget import Spending
 from fedgrade.report.figures import MAX_BARS, BudgetBar, SpendingLine
 from fedgrade.report.observers import account_bound
 from fedgrade.report.words import delta_text, epsilon_text, limit_text, plain, rho_text, share_text
-from fedgrade.trust.records import AccountKey
+from fedgrade.trust.records import AccountKey, Partition
+
+_SIDES: dict[Partition, str] = {"train": "training items", "test": "held-out items"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,32 @@ class AttemptRow:
     unused: int
     aborted: int
     open: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionRow:
+    """Something that a partner put on record as spent and not charged."""
+
+    site: str
+    data: str
+    entry: str
+    cost: str
+    reason: str
+
+
+def correction_rows(proof: FederationProof) -> tuple[CorrectionRow, ...]:
+    """Every correction of every site."""
+    return tuple(
+        CorrectionRow(
+            site=site.site,
+            data=f"{plain(one.account.lineage)} / {plain(one.account.cohort)}, {_SIDES[one.account.partition]}",
+            entry=f"{sequence:,}",
+            cost=rho_text(one.rho),
+            reason=plain(one.reason),
+        )
+        for _, site in sorted(proof.sites.items())
+        for sequence, one in site.corrections.items()
+    )
 
 
 def account_rows(proof: FederationProof) -> tuple[AccountRow, ...]:
@@ -112,7 +140,7 @@ def _account_row(site: str, key: AccountKey, account: AccountProof) -> AccountRo
     return AccountRow(
         site=site,
         data=f"{plain(key.lineage)} / {plain(key.cohort)}",
-        side="training items" if key.partition == "train" else "held-out items",
+        side=_SIDES[key.partition],
         cost=_cost(account.spending),
         used=epsilon_text(account.epsilon),
         ceiling=limit_text(dataset.epsilon_limit),

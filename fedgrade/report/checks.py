@@ -21,6 +21,16 @@ class KeyRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoftwareRow:
+    """What ran at some sites, by their own word, and at which."""
+
+    version: str
+    source: str
+    libraries: str
+    sites: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checks:
     """How much was checked; numbers of things that each had to hold."""
 
@@ -38,6 +48,19 @@ class Checks:
     def signatures(self) -> int:
         """Each entry, receipt, sealed job and release carries one."""
         return self.entries + self.receipts + self.sealed_jobs + self.releases
+
+
+def software_rows(proof: FederationProof) -> tuple[SoftwareRow, ...]:
+    """Everything that ever ran at a site, each once."""
+    ran: dict[tuple[str, str, str], set[str]] = {}
+    for site in proof.sites.values():
+        for software in site.software.values():
+            libraries = ", ".join(f"{name} {version}" for name, version in sorted(software.libraries.items()))
+            ran.setdefault((software.fedgrade, software.source, libraries), set()).add(site.site)
+    return tuple(
+        SoftwareRow(version=plain(version), source=source, libraries=plain(libraries), sites=", ".join(sorted(sites)))
+        for (version, source, libraries), sites in sorted(ran.items())
+    )
 
 
 def checks(proof: FederationProof) -> Checks:

@@ -17,8 +17,16 @@ from fedgrade.errors import DocumentRefused
 from fedgrade.federation.site_proof import AccountProof
 from fedgrade.federation.store import write_durably
 from fedgrade.federation.verification import FederationProof, JobProof, verify_federation
-from fedgrade.report.accounts import account_rows, attempt_rows, budget_of, fullest, nearest_to_ceiling, spending_of
-from fedgrade.report.checks import checks, plan_rows
+from fedgrade.report.accounts import (
+    account_rows,
+    attempt_rows,
+    budget_of,
+    correction_rows,
+    fullest,
+    nearest_to_ceiling,
+    spending_of,
+)
+from fedgrade.report.checks import checks, plan_rows, software_rows
 from fedgrade.report.figures import MAX_BARS, MAX_LINES, BudgetBar, SpendingLine, budget_bars, merged, spending_lines
 from fedgrade.report.observers import (
     ObserverRow,
@@ -108,6 +116,8 @@ def privacy_report(proof: FederationProof, *, generated: datetime, roster_source
         attempts=attempt_rows(proof),
         groups=group_rows(proof),
         checks=checks(proof),
+        corrections=correction_rows(proof),
+        software=software_rows(proof),
         bars_left_out=sum(len(site.accounts) for site in proof.sites.values()) - len(bars),
         lines_unnamed=max(0, len(merged(lines)) - MAX_LINES),
         budget=budget_bars(bars, description=_described_bars(bars)) if bars else None,

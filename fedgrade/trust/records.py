@@ -22,6 +22,8 @@ Composition = Literal["zcdp", "mixed"]
 
 COORDINATOR: Final = SiteId("coordinator")  # the owner of the coordinator's own ledger
 UTC_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00")
+MAX_REASON: Final = 500  # characters of a correction's
+_MAX_TEXTS, _MAX_TEXT = 64, 80
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -135,6 +137,23 @@ class DatasetOpened:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Software:
+    """What ran at a site, by its own word: fedgrade's version, SHA-256 of its source, versions of libraries by name."""
+
+    fedgrade: str
+    source: str
+    libraries: dict[str, str]
+
+    def __post_init__(self) -> None:
+        texts = (self.fedgrade, *self.libraries, *self.libraries.values())
+        if not SHA256.fullmatch(self.source) or len(texts) > _MAX_TEXTS or any(len(text) > _MAX_TEXT for text in texts):
+            raise DocumentRefused(
+                f"software: source {self.source[:80]!r} must be a SHA-256 in hexadecimal, names and versions at most "
+                f"{_MAX_TEXTS} of {_MAX_TEXT} characters"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanAccepted:
     """The partner admitted a sealed job; nothing about that job can change afterwards.
 
@@ -147,6 +166,7 @@ class PlanAccepted:
     mode: Literal["local", "distributed", "local_sgd"]
     participants: int
     accounts: tuple[AccountKey, ...]
+    software: Software
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +253,26 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Correction:
+    """The partner found that an account had spent more than its ledger says, and put the difference on record.
+
+    It only ever adds: ``rho`` of zero-concentrated differential privacy, for a ``reason`` that a person reads. The
+    account may pass its ceiling by it, and then pays for nothing more.
+    """
+
+    kind: Literal["correction"] = "correction"
+    account: AccountKey
+    rho: Fraction
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.rho <= 0:
+            raise DocumentRefused(f"correction: rho {self.rho} must be above 0; what was spent is never given back")
+        if not 1 <= len(self.reason) <= MAX_REASON or not self.reason.isprintable():
+            raise DocumentRefused(f"correction: the reason must be 1 to {MAX_REASON} printable characters on one line")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundClosed:
     """The coordinator closed a round: which receipts it holds, what the weights were and became.
 
@@ -260,6 +300,15 @@ class Released:
 
 
 Body = Annotated[
-    Genesis | DatasetOpened | PlanAccepted | Reserve | Commit | Abort | Checkpoint | RoundClosed | Released,
+    Genesis
+    | DatasetOpened
+    | PlanAccepted
+    | Reserve
+    | Commit
+    | Abort
+    | Correction
+    | Checkpoint
+    | RoundClosed
+    | Released,
     Field(discriminator="kind"),
 ]

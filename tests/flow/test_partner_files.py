@@ -1,15 +1,21 @@
 """A partner's own files, as ``fedgrade site up`` reads them: one line names what is wrong, and nothing is begun."""
 
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from clients.commands import site as commands
 from clients.configure import open_site
 from clients.settings import read_site
 from fedgrade.data import elpv
 from fedgrade.errors import DocumentRefused, LedgerBroken, LedgerUnavailable
+from fedgrade.federation.holdings import read_holdings
+from fedgrade.privacy.accounting import printed, zcdp_epsilon
 from fedgrade.trust.identity import SigningKey
+from fedgrade.trust.ledger import read_ledger
 from server.configure import compose_job
 from server.local_federation import Terms, create_local_federation
 from tests.server.few_photos import few
@@ -97,6 +103,53 @@ def test_a_site_file_of_many_bytes_is_not_read(site_file):
         file.truncate(2**20 + 1)
     with pytest.raises(DocumentRefused, match="the limit is 1048576"):
         read_site(site_file)
+
+
+@pytest.fixture
+def opened_site(site_file):
+    """A site whose only cohort is under account."""
+    site, charging = open_site(read_site(site_file))
+    with charging:
+        data = site._data
+        held = read_holdings(data, grading=compose_job([]).grading, policy=site._policy, secret=b"0" * 32)
+        for holding in held.cohorts.values():
+            charging.open_dataset(holding.dataset)
+    return site_file
+
+
+def corrected(site_file, *, cohort="2018", rho="1/500", reason="the clip was off", answer="y"):
+    arguments = ["correct", str(site_file), "--cohort", cohort, "--side", "train", "--rho", rho, "--reason", reason]
+    return CliRunner().invoke(commands, arguments, input=answer)
+
+
+def test_a_partner_puts_on_record_what_was_spent_and_not_charged(opened_site):
+    result = corrected(opened_site)
+    assert result.exit_code == 0, result.output
+    expected = printed(zcdp_epsilon(Fraction(1, 500), delta=Fraction(1, 10**5)))
+    assert f"2018/train has spent epsilon {expected} in all" in result.output
+    key = SigningKey.load(opened_site.parent / "key.pem").public
+    last = list(read_ledger(opened_site.parent / "ledger.jsonl", key=key))[-1].body
+    assert (last.account.cohort, last.rho, last.reason) == ("2018", Fraction(1, 500), "the clip was off")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"answer": "n"}, "Aborted"),
+        ({"rho": "-1/500"}, "must be above 0"),
+        ({"rho": "1/0"}, "is no exact number"),
+        ({"rho": "1e-9"}, "is no exact number"),
+        ({"cohort": "1999"}, "is not under account; known: elpv-recycler-a/2018"),
+        ({"reason": "two\nlines"}, "the reason must be 1 to 500 printable characters"),
+    ],
+    ids=str,
+)
+def test_a_correction_that_makes_no_sense_changes_nothing(opened_site, changes, line):
+    before = (opened_site.parent / "ledger.jsonl").read_bytes()
+    result = corrected(opened_site, **changes)
+    assert result.exit_code != 0
+    assert line in result.output + str(result.exception)
+    assert (opened_site.parent / "ledger.jsonl").read_bytes() == before
 
 
 def test_a_ledger_has_one_process(site_file):

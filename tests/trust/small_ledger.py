@@ -16,6 +16,7 @@ from fedgrade.trust.records import (
     AccountKey,
     Checkpoint,
     Commit,
+    Correction,
     DatasetOpened,
     DiscreteGaussian,
     LedgerState,
@@ -24,6 +25,7 @@ from fedgrade.trust.records import (
     Released,
     Reserve,
     RoundClosed,
+    Software,
 )
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
@@ -31,6 +33,8 @@ OTHER = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33))))
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 SITE = SiteId("site-1")
 ACCOUNT = AccountKey(partner=SITE, lineage="panels", cohort="2026-06", partition="train")
+
+SOFTWARE = Software(fedgrade="0.1.0", source="5" * 64, libraries={"numpy": "2.4.0", "opendp": "0.16.0"})
 
 
 def reserve(round_index=0, mechanism=None):
@@ -60,7 +64,7 @@ EVERY_KIND = (
         epsilon_limit=Fraction(8),
         delta=Fraction(1, 10**5),
     ),
-    PlanAccepted(job="a" * 64, job_envelope="{}", mode="local", participants=5, accounts=(ACCOUNT,)),
+    PlanAccepted(job="a" * 64, job_envelope="{}", mode="local", participants=5, accounts=(ACCOUNT,), software=SOFTWARE),
     reserve(),
     Commit(reserve=3, job="a" * 64, round_index=0, attempt=0, purpose="train", message_digest="d" * 64),
     reserve(1, PoissonGaussian(sampling_rate=Fraction(1, 20), noise_multiplier=Fraction(1433, 512), steps=10)),
@@ -77,6 +81,7 @@ EVERY_KIND = (
     ),
     Released(job="a" * 64, release_digest="2" * 64),
     Checkpoint(owner=COORDINATOR, head="{}"),
+    Correction(account=ACCOUNT, rho=Fraction(1, 500), reason="the clip was off in round 3"),
 )
 
 
