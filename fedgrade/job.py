@@ -16,6 +16,7 @@ from fedgrade.privacy.plan import PrivacyPlan, PrivacySpec, calibrate
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.identity import SiteId, site_id
 
+MIN_ITEMS = 2  # at a site
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _MAX_SITES = 1000
 # Delta stays well below one over the number of items it protects.
@@ -43,8 +44,11 @@ class DataSpec:
             raise JobRefused(f"data.test_fraction: {self.test_fraction} must be above 0 and below 1")
         if not 0 <= self.synthetic_ceiling <= 1:
             raise JobRefused(f"data.synthetic_ceiling: {self.synthetic_ceiling} must be in [0, 1]")
-        if self.minimum_items < 1:
-            raise JobRefused(f"data.minimum_items: {self.minimum_items} must be at least 1")
+        if self.minimum_items < MIN_ITEMS:
+            raise JobRefused(
+                f"data.minimum_items: {self.minimum_items} must be at least {MIN_ITEMS}; a single item has none to hide "
+                "among"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,7 +245,7 @@ def test_a_name_that_could_not_be_a_folder_is_refused(name):
     [
         ("test_fraction", (0.0, 1.0, -0.1, float("nan")), "must be above 0 and below 1"),
         ("synthetic_ceiling", (-0.1, 1.1, float("nan")), r"must be in \[0, 1\]"),
-        ("minimum_items", (0, -5), "must be at least 1"),
+        ("minimum_items", (1, 0, -5), "must be at least 2; a single item has none to hide among"),
     ],
 )
 def test_an_impossible_wish_about_data_is_refused(field, wrong, rule):

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Literal
 
 from fedgrade.errors import DocumentRefused, PolicyViolated
-from fedgrade.job import TrainingJob
+from fedgrade.job import MIN_ITEMS, TrainingJob
 from fedgrade.privacy.accounting import MIN_DELTA, printed
 from fedgrade.privacy.budget import Ceiling, Spending
 from fedgrade.privacy.plan import exact
@@ -72,7 +72,12 @@ class Policy:
             raise DocumentRefused(f"policy.delta: {self.delta} must be at least 1e-9 and below 1")
         if not 0 <= self.synthetic_ceiling <= 1:
             raise DocumentRefused(f"policy.synthetic_ceiling: {self.synthetic_ceiling} must be in [0, 1]")
-        for name in ("maximum_rounds", "maximum_attempts", "minimum_participants", "minimum_items"):
+        if self.minimum_items < MIN_ITEMS:
+            raise DocumentRefused(
+                f"policy.minimum_items: {self.minimum_items} must be at least {MIN_ITEMS}; a single item has none to "
+                "hide among"
+            )
+        for name in ("maximum_rounds", "maximum_attempts", "minimum_participants"):
             if getattr(self, name) < 1:
                 raise DocumentRefused(f"policy.{name}: {getattr(self, name)} must be at least 1")
 

@@ -74,6 +74,7 @@ def test_noise_shares_never_leave_in_plain():
         ("maximum_attempts", "-1"),
         ("minimum_participants", "0"),
         ("minimum_items", "0"),
+        ("minimum_items", "1"),
         ("modes", "[remote]"),
         ("modes", "local"),
         ("epsilon_limit", "'8'"),

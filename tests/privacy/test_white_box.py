@@ -40,7 +40,7 @@ FIVE_DEVIATIONS = 5.0  # by chance once in 1.7 million runs
 JOB = plan_job(
     JobSpec(
         name="audit",
-        data=DataSpec(asset_type="panel", test_fraction=0.2, synthetic_ceiling=0.0, minimum_items=1),
+        data=DataSpec(asset_type="panel", test_fraction=0.2, synthetic_ceiling=0.0, minimum_items=2),
         model=ModelSpec(
             backbone="tf_efficientnet_lite0", input_size=224, pooling=("average",), weights_digest="a" * 64
         ),
