@@ -46,8 +46,8 @@ class DataSpec:
             raise JobRefused(f"data.synthetic_ceiling: {self.synthetic_ceiling} must be in [0, 1]")
         if self.minimum_items < MIN_ITEMS:
             raise JobRefused(
-                f"data.minimum_items: {self.minimum_items} must be at least {MIN_ITEMS}; a single item has none to hide "
-                "among"
+                f"data.minimum_items: {self.minimum_items} must be at least {MIN_ITEMS}; a single item has none to "
+                "hide among"
             )
 
 
