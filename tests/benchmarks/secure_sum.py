@@ -132,10 +132,10 @@ def _fedgrade(vectors: Sequence[np.ndarray], *, vanish: int) -> Tally:
     sites = [SumSite(site=site, key=key, roster=roster) for site, key in keys.items()]
     task = SumTask(
         job="0" * 64, purpose="train", round_index=0, attempt=0, weights_digest="0" * 64, plan_digest="0" * 64,
-        size=len(vectors[0]), entry_limit=2**40,
+        size=len(vectors[0]), entry_limit=2**40, tolerated_dropouts=vanish,
     )  # fmt: skip
     announced = {site: machine.announce(task.job) for site, machine in zip(keys, sites, strict=True) if vanish}
-    proposal = tally.serve(lambda: propose(task, keys, roster=roster, tolerated_dropouts=vanish, share_keys=announced))
+    proposal = tally.serve(lambda: propose(task, keys, roster=roster, share_keys=announced))
     coordinator = SumCoordinator(proposal.terms, roster=roster)
     _two_phases(tally, coordinator, dict(zip(keys, sites, strict=True)), proposal, vectors[: len(sites) - vanish])
     if vanish:

@@ -48,7 +48,6 @@ def propose(
     participants: Collection[SiteId],
     *,
     roster: Roster,
-    tolerated_dropouts: int = 0,
     share_keys: Mapping[SiteId, bytes] | None = None,
 ) -> SumProposal:
     """The proposal that ``participants`` add up ``task``; ``share_keys`` are what each announced, if it needs to.
@@ -64,7 +63,6 @@ def propose(
     terms = SumTerms(
         task=task,
         participants=tuple(sorted(participants)),
-        tolerated_dropouts=tolerated_dropouts,
         share_keys=keys,
     )
     return SumProposal(terms=terms, share_key_envelopes={site: raw.decode() for site, raw in announced.items()})
@@ -139,7 +137,7 @@ class SumCoordinator:
         """
         agreed = self._agreement()
         if not self._survivors:
-            if len(self._vectors) < self._terms.threshold or not self._terms.tolerated_dropouts:
+            if len(self._vectors) < self._terms.threshold or not self._terms.task.tolerated_dropouts:
                 _require_everybody(self._vectors, self._terms.participants, what="masked vectors")
             self._survivors = tuple(sorted(self._vectors))
         return SumSurvivors(transcript=agreed.transcript, survivors=self._survivors)
@@ -193,7 +191,7 @@ class SumCoordinator:
             RoundFailed: vectors or shares are missing, shares were altered, or masks did not cancel.
         """
         total = self._sum
-        if self._terms.tolerated_dropouts:
+        if self._terms.task.tolerated_dropouts:
             masks = self._leftover_masks()
             total = apply_masks(total, masks)
             for mask in masks:

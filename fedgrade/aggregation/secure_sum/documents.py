@@ -32,7 +32,8 @@ _PURPOSES: tuple[Purpose, ...] = ("centre", "train", "evaluate")
 class SumTask:
     """What one attempt adds up. Every site works it out from its own copy of the sealed job.
 
-    ``size`` counts the numbers in each vector; none of them exceeds ``entry_limit`` in size.
+    ``size`` counts the numbers in each vector; none of them exceeds ``entry_limit`` in size. The total stands even if
+    ``tolerated_dropouts`` sites vanish after they committed themselves; with 0 it is all or nothing.
     """
 
     job: str
@@ -43,6 +44,7 @@ class SumTask:
     plan_digest: str
     size: int
     entry_limit: int
+    tolerated_dropouts: int
 
     def __post_init__(self) -> None:
         for name in ("job", "weights_digest", "plan_digest"):
@@ -70,11 +72,10 @@ class SumTerms:
     protocol: Literal["fedgrade-secure-sum-1"] = "fedgrade-secure-sum-1"
     task: SumTask
     participants: tuple[SiteId, ...]
-    tolerated_dropouts: int
     share_keys: dict[SiteId, str]
 
     def __post_init__(self) -> None:
-        sites, dropouts = len(self.participants), self.tolerated_dropouts
+        sites, dropouts = len(self.participants), self.task.tolerated_dropouts
         if list(self.participants) != sorted(set(self.participants)):
             raise MessageRefused("secure sum: participants must be sorted, each once")
         if not 2 <= sites <= MAX_SITES:  # noqa: PLR2004 - with one there is no sum
@@ -102,7 +103,7 @@ class SumTerms:
     @property
     def threshold(self) -> int:
         """How many sites must last to the end: all, less those that may vanish."""
-        return len(self.participants) - self.tolerated_dropouts
+        return len(self.participants) - self.task.tolerated_dropouts
 
     def number(self, site: SiteId) -> int:
         """Where Shamir's polynomials are evaluated for ``site``: its place among participants, from 1."""

@@ -54,7 +54,7 @@ def open_commitment(raw: bytes, *, terms: SumTerms, site: SiteId, roster: Roster
     _require_author(commitment.site, site, what="commitment")
     if commitment.terms_digest != terms.digest:
         raise MessageRefused(f"commitment of {site}: to other terms; it is stale, or that site was shown another set")
-    recipients = set(terms.participants) - {site} if terms.tolerated_dropouts else set()
+    recipients = set(terms.participants) - {site} if terms.task.tolerated_dropouts else set()
     if set(commitment.shares) != recipients or bool(commitment.seed_digest) != bool(recipients):
         raise MessageRefused(
             f"commitment of {site}: has shares for {len(commitment.shares)} sites of {len(recipients)}"

@@ -254,7 +254,7 @@ class SumSite:
         key, seed = X25519PrivateKey.generate(), bytearray()
         sealed: dict[SiteId, bytes] = {}
         own: dict[SiteId, Held] = {}
-        if terms.tolerated_dropouts:
+        if terms.task.tolerated_dropouts:
             seed = bytearray(secrets.token_bytes(SEED_BYTES))
             sealed, own = self._dealt(terms, key, seed)
         commitment = SumCommitment(

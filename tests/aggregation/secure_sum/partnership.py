@@ -19,6 +19,7 @@ TASK = SumTask(
     plan_digest="ef" * 32,
     size=5,
     entry_limit=2**40,
+    tolerated_dropouts=0,
 )
 FLOOR = SumFloor(minimum_participants=2, noise_shares=2)
 # Signing keys are what a partnership takes longest to make.
@@ -46,12 +47,15 @@ class Partnership:
 
     sites: Mapping[SiteId, SumSite]
     task: SumTask
-    dropouts: int
+
+    @property
+    def dropouts(self) -> int:
+        return self.task.tolerated_dropouts
 
     @classmethod
     def of(cls, number: int, *, dropouts: int = 0, task: SumTask = TASK) -> "Partnership":
         sites = {site: SumSite(site=site, key=KEYS[site], roster=ROSTER) for site in names(number)}
-        return cls(sites=sites, task=task, dropouts=dropouts)
+        return cls(sites=sites, task=replace(task, tolerated_dropouts=dropouts))
 
     def attempt(self, attempt: int) -> "Partnership":
         """The same sites, asked for another attempt."""
@@ -61,7 +65,7 @@ class Partnership:
         """What an honest coordinator proposes to ``participants``, by default everybody."""
         chosen = tuple(participants or self.sites)
         announced = {site: self.sites[site].announce(self.task.job) for site in chosen if self.dropouts}
-        return propose(self.task, chosen, roster=ROSTER, tolerated_dropouts=self.dropouts, share_keys=announced)
+        return propose(self.task, chosen, roster=ROSTER, share_keys=announced)
 
     def commit(self, proposal: SumProposal) -> dict[SiteId, bytes]:
         return {

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_a_share_cipher_is_hkdf_of_x25519_over_dealer_and_recipient():
 
 
 def test_the_transcript_hashes_the_terms_and_every_envelope():
-    terms = SumTerms(task=TASK, participants=names(3), tolerated_dropouts=0, share_keys={})
+    terms = SumTerms(task=TASK, participants=names(3), share_keys={})
     envelopes = {site: site.encode() * 2 for site in reversed(names(3))}
     expected = hashlib.sha256(hashlib.sha256(encode(terms)).digest())
     for site in names(3):
@@ -129,12 +130,11 @@ def test_the_transcript_hashes_the_terms_and_every_envelope():
 
 def test_derivations_are_those_that_were_published(frozen):
     recovery = SumTerms(
-        task=TASK,
+        task=replace(TASK, tolerated_dropouts=1),
         participants=names(4),
-        tolerated_dropouts=1,
         share_keys={site: f"{number:02x}" * 32 for number, site in enumerate(names(4))},
     )
-    plain = SumTerms(task=TASK, participants=names(3), tolerated_dropouts=0, share_keys={})
+    plain = SumTerms(task=TASK, participants=names(3), share_keys={})
     vector = np.array([0, 1, -1, 2**62, -(2**62)], dtype=np.int64)
     masks = [mask_of(SECOND, FIRST), mask_of(SECOND, THIRD)]
     found = {

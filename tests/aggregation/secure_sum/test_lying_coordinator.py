@@ -111,7 +111,7 @@ def test_a_share_key_that_the_coordinator_made_itself_is_refused():
     )
     for changed, error, match in attempts:
         with pytest.raises(error, match=match):
-            partnership.sites[ALICE].commit(changed, task=TASK, floor=FLOOR)
+            partnership.sites[ALICE].commit(changed, task=partnership.task, floor=FLOOR)
 
 
 def test_a_share_key_from_before_a_restart_or_of_another_job_is_refused():
@@ -119,10 +119,10 @@ def test_a_share_key_from_before_a_restart_or_of_another_job_is_refused():
     proposal = partnership.proposal()
     restarted = SumSite(site=ALICE, key=KEYS[ALICE], roster=ROSTER)
     with pytest.raises(MessageRefused, match="lost in a restart"):
-        restarted.commit(proposal, task=TASK, floor=FLOOR)
+        restarted.commit(proposal, task=partnership.task, floor=FLOOR)
     announced = {site: machine.announce("77" * 32) for site, machine in partnership.sites.items()}
     with pytest.raises(MessageRefused, match="for job '7777777777777777', not"):
-        propose(TASK, names(4), roster=ROSTER, tolerated_dropouts=1, share_keys=announced)
+        propose(partnership.task, names(4), roster=ROSTER, share_keys=announced)
 
 
 # --- a coordinator that shows different sets or replays ------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_a_site_is_not_shown_what_it_signed_before_a_restart():
     proposal = partnership.proposal()
     before = partnership.sites[ALICE].commit(proposal, task=TASK, floor=FLOOR)
     restarted = SumSite(site=ALICE, key=KEYS[ALICE], roster=ROSTER)
-    honest = Partnership(sites={**partnership.sites, ALICE: restarted}, task=TASK, dropouts=0).commit(proposal)
+    honest = Partnership(sites={**partnership.sites, ALICE: restarted}, task=TASK).commit(proposal)
     envelopes = {site: raw.decode() for site, raw in honest.items()}
     shown = SumCommitments(terms_digest=proposal.terms.digest, envelopes={**envelopes, ALICE: before.decode()})
     with pytest.raises(MessageRefused, match="the one of site-00 is not what this site signed"):
@@ -203,11 +203,13 @@ def test_an_attempt_that_is_not_later_than_all_before_is_refused(change):
         ("attempt", 1),
         ("size", 6),
         ("entry_limit", 2**41),
+        ("tolerated_dropouts", 1),
     ],
 )
 def test_terms_that_do_not_follow_from_the_sites_own_job_are_refused(field, value):
-    partnership = Partnership.of(3)
-    proposal = propose(replace(TASK, **{field: value}), names(3), roster=ROSTER)
+    partnership = Partnership.of(4)
+    task = replace(TASK, **{field: value})
+    proposal = replace(partnership, task=task).proposal()
     with pytest.raises(MessageRefused, match=f"the proposed {field} is not the one that follows from the job"):
         partnership.sites[ALICE].commit(proposal, task=TASK, floor=FLOOR)
 
@@ -230,7 +232,7 @@ def test_a_set_below_policy_or_with_too_few_shares_of_noise_is_refused():
     recovering = Partnership.of(4, dropouts=1)
     with pytest.raises(PolicyViolated, match="3 sites are sure to add noise; the plan counts on 4"):
         recovering.sites[ALICE].commit(
-            recovering.proposal(), task=TASK, floor=SumFloor(minimum_participants=2, noise_shares=4)
+            recovering.proposal(), task=recovering.task, floor=SumFloor(minimum_participants=2, noise_shares=4)
         )
 
 

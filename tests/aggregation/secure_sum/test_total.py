@@ -97,7 +97,7 @@ def test_a_further_attempt_goes_on_without_the_site_that_vanished():
     coordinator, _ = partnership.masked(vanish=names(1))
     with pytest.raises(RoundFailed):
         coordinator.total()
-    rest = Partnership(sites=dict(list(partnership.sites.items())[1:]), task=TASK, dropouts=0).attempt(1)
+    rest = Partnership(sites=dict(list(partnership.sites.items())[1:]), task=TASK).attempt(1)
     assert rest.total().tolist() == plain_sum(numbers(site) for site in rest.sites)
 
 
@@ -108,7 +108,7 @@ def test_a_site_that_restarts_refuses_the_attempt_and_takes_part_in_the_next():
     restarted = SumSite(site=first, key=KEYS[first], roster=ROSTER)
     with pytest.raises(Exception, match="out of order; this site's attempt is over"):
         restarted.confirm(commitments)
-    further = Partnership(sites={**partnership.sites, first: restarted}, task=TASK, dropouts=1).attempt(1)
+    further = Partnership(sites={**partnership.sites, first: restarted}, task=partnership.task).attempt(1)
     assert further.total(vanish=names(4)[3:]).tolist() == plain_sum(numbers(site) for site in names(3))
 
 
