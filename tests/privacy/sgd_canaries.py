@@ -62,7 +62,7 @@ def sgd_job(
     )  # fmt: skip
     spec = JobSpec(
         name="audit",
-        data=DataSpec(asset_type="panel", test_fraction=0.2, synthetic_ceiling=0.0, minimum_items=1),
+        data=DataSpec(asset_type="panel", test_fraction=0.2, synthetic_ceiling=0.0, minimum_items=2),
         model=ModelSpec(
             backbone="tf_efficientnet_lite0",
             input_size=224,

@@ -13,7 +13,7 @@ ITEMS = 60
 
 
 def shadow(spec, *, epsilon):
-    short = replace(spec, privacy=replace(spec.privacy, rounds=3), data=replace(spec.data, minimum_items=1))
+    short = replace(spec, privacy=replace(spec.privacy, rounds=3), data=replace(spec.data, minimum_items=2))
     rng = np.random.default_rng(0)
     features = np.abs(rng.normal(size=(ITEMS, spec.model.feature_dimensions))).astype(np.float32)
     items = Items(features=features, grades=np.arange(ITEMS) % spec.grading.grades)
