@@ -9,13 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedgrade.errors import FedgradeError, LedgerBroken, MessageRefused, RoundFailed
+from fedgrade.federation.claims import require_coordinator_holds
 from fedgrade.federation.messages import Admitted, Contribution, write_message
 from fedgrade.federation.verification import verify_federation
 from fedgrade.federation.witness import Witness, _hashes, follows
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.identity import Roster, SigningKey, SiteId
 from fedgrade.trust.records import COORDINATOR, Checkpoint, LedgerState
-from fedgrade.trust.transparency import GrowingTree, TreeHead, open_head, sign_head
+from fedgrade.trust.transparency import GrowingTree, MerkleTree, TreeHead, open_head, sign_head
 from tests.federation.meddling import HONEST, LIAR, Meddled, liar_alone, run, trained_without
 from tests.federation.small_federation import NAMES, ask, refusal, refusal_and_log, told, with_privacy
 
@@ -309,6 +310,18 @@ def test_what_was_kept_and_was_altered_since_stops_the_coordinator_at_once(feder
         with pytest.raises(LedgerBroken, match=rf"witnessed head .*{SITE}\.json"):
             federation.run_in_process(job)
     assert {name: federation.ledger(name).read_bytes() for name in NAMES} == before
+
+
+def test_what_was_kept_and_cannot_be_read_is_named(tmp_path):
+    (tmp_path / f"{SITE}.json").mkdir()
+    with pytest.raises(LedgerBroken, match=rf"witnessed head .*{SITE}\.json: cannot be read"):
+        Witness(tmp_path, roster=ROSTER).seen(SITE)
+
+
+def test_a_ledger_that_changes_while_it_is_verified_is_not_believed(federation):
+    federation.coordinator_head()
+    with pytest.raises(LedgerBroken, match="has changed while it was being verified"):
+        require_coordinator_holds(federation.coordinator_ledger, MerkleTree().after(b"another"), {})
 
 
 def test_a_coordinator_that_lost_what_it_had_seen_goes_on(federation, job):
