@@ -130,7 +130,7 @@ def audit_job(*, epsilon: float, rounds: int) -> TrainingJob:
     )
     spec = JobSpec(
         name="audit",
-        data=DataSpec(asset_type="canary", test_fraction=0.5, synthetic_ceiling=0.0, minimum_items=1),
+        data=DataSpec(asset_type="canary", test_fraction=0.5, synthetic_ceiling=0.0, minimum_items=2),
         model=ModelSpec(
             backbone="tf_efficientnet_lite0",
             input_size=MIN_INPUT_SIZE,
