@@ -5,14 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedgrade.aggregation.secure_sum.coordinator import SumCoordinator
+from fedgrade.aggregation.secure_sum.coordinator import SumCoordinator, propose
 from fedgrade.aggregation.secure_sum.documents import (
     MaskedVector,
     RevealedShares,
+    ShareKey,
     SumCommitment,
     SumCommitments,
     SumSurvivors,
     SumVotes,
+    SurvivorVote,
 )
 from fedgrade.aggregation.secure_sum.masks import vector_digest
 from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused, RoundFailed
@@ -187,4 +189,67 @@ def test_a_revealed_value_beyond_the_field_names_whose_secret_it_spoils():
             revealed = replace(revealed, seed_shares={**revealed.seed_shares, DAVE: b"\xff" * 33})
         coordinator.accept_shares(site, seal(revealed, KEYS[site]))
     with pytest.raises(RoundFailed, match="shares of site-03 were altered"):
+        coordinator.total()
+
+
+def resigned(raw, kind, **changes):
+    """Bob's document with some fields changed, signed by Bob again."""
+    return seal(replace(opened(raw, kind, BOB), **changes), KEYS[BOB])
+
+
+def test_a_document_in_another_sites_name_or_of_another_attempt_is_not_accepted():
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, uploads = partnership.masked(vanish=(BOB,))
+    renamed = resigned(uploads[BOB].document, MaskedVector, site=ALICE)
+    with pytest.raises(MessageRefused, match="masked vector of site-01: is in the name of 'site-00'"):
+        coordinator.accept_vector(BOB, renamed, uploads[BOB].vector)
+    coordinator.accept_vector(BOB, uploads[BOB].document, uploads[BOB].vector)
+    survivors = coordinator.survivors()
+    vote = partnership.sites[BOB].vote(survivors)
+    for change, match in (
+        ({"site": ALICE}, "vote of site-01: is in"),
+        ({"transcript": "00" * 32}, "of another attempt"),
+    ):
+        with pytest.raises(MessageRefused, match=match):
+            coordinator.accept_vote(BOB, resigned(vote, SurvivorVote, **change))
+    partnership.voted(coordinator)
+    revealed = partnership.sites[BOB].reveal(coordinator.votes())
+    for change, match in (
+        ({"site": ALICE}, "shares of site-01: is in"),
+        ({"transcript": "00" * 32}, "of another attempt"),
+    ):
+        with pytest.raises(MessageRefused, match=match):
+            coordinator.accept_shares(BOB, resigned(revealed, RevealedShares, **change))
+
+
+def test_a_share_key_in_another_sites_name_is_not_accepted():
+    partnership = Partnership.of(4, dropouts=1)
+    announced = {site: machine.announce(TASK.job) for site, machine in partnership.sites.items()}
+    announced[BOB] = resigned(announced[BOB], ShareKey, site=ALICE)
+    with pytest.raises(MessageRefused, match="share key of site-01: is in the name of 'site-00'"):
+        propose(partnership.task, names(4), roster=ROSTER, share_keys=announced)
+
+
+def test_of_two_commitments_of_one_site_the_first_counts():
+    partnership = Partnership.of(3)
+    proposal = partnership.proposal()
+    coordinator = SumCoordinator(proposal.terms, roster=ROSTER)
+    first = partnership.commit(proposal)
+    for site, raw in first.items():
+        coordinator.accept_commitment(site, raw)
+    coordinator.accept_commitment(BOB, resigned(first[BOB], SumCommitment, public_key="44" * 32))
+    assert {site: raw.encode() for site, raw in coordinator.commitments().envelopes.items()} == first
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_total_beyond_the_range_on_either_side_is_refused(sign):
+    # Bob's masks are right, and his number is one that no honest site may send.
+    partnership = Partnership.of(3)
+    honest = {site: np.zeros(TASK.size, dtype=np.int64) for site in names(3)}
+    coordinator, uploads = partnership.masked(honest, vanish=(BOB,))
+    vector = uploads[BOB].vector + sign * (3 * TASK.entry_limit + 1)
+    coordinator.accept_vector(
+        BOB, resigned(uploads[BOB].document, MaskedVector, vector_digest=vector_digest(vector)), vector
+    )
+    with pytest.raises(RoundFailed, match="did not mask as agreed"):
         coordinator.total()

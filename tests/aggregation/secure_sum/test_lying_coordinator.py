@@ -293,10 +293,15 @@ def test_no_share_leaves_before_every_survivor_has_signed():
         SurvivorVote(transcript=honest.transcript, site=CAROL, survivors=tuple(honest.envelopes)), COORDINATOR
     )
     in_other_name = {**dropped, CAROL: honest.envelopes[DAVE]}
+    carols = opened(honest.envelopes[CAROL].encode(), SurvivorVote, CAROL)
+    replayed = seal(replace(carols, transcript="00" * 32), KEYS[CAROL])
+    misnamed = seal(replace(carols, site=DAVE), KEYS[CAROL])
     for envelopes, error, match in (
         (dropped, MessageRefused, "not of exactly the survivors"),
         ({**honest.envelopes, BOB: honest.envelopes[ALICE]}, MessageRefused, "not of exactly the survivors"),
         ({**dropped, CAROL: forged.decode()}, SignatureRefused, "signed by key"),
+        ({**dropped, CAROL: replayed.decode()}, MessageRefused, "is of another attempt"),
+        ({**dropped, CAROL: misnamed.decode()}, MessageRefused, "in the name of 'site-03'"),
         (in_other_name, SignatureRefused, "signed by key"),
         ({**dropped, CAROL: "{}"}, DocumentRefused, "SurvivorVote envelope"),
     ):
