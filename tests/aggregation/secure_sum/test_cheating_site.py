@@ -124,9 +124,15 @@ def test_shares_of_the_wrong_sites_or_length_are_refused():
     partnership.voted(coordinator)
     raw = partnership.sites[BOB].reveal(coordinator.votes())
     honest = opened(raw, RevealedShares, BOB)
-    both = replace(honest, key_shares={**honest.key_shares, CAROL: bytes(33)})
-    with pytest.raises(MessageRefused, match="not one of each survivor's seed and each vanished site's key"):
-        coordinator.accept_shares(BOB, seal(both, KEYS[BOB]))
+    for changes in (
+        {"key_shares": {**honest.key_shares, CAROL: bytes(33)}},
+        {"seed_shares": {**honest.seed_shares, DAVE: bytes(33)}},
+        {"seed_shares": {ALICE: bytes(33)}},
+        {"key_shares": {}},
+    ):
+        wrong = resigned(raw, RevealedShares, **changes)
+        with pytest.raises(MessageRefused, match="not one of each survivor's seed and each vanished site's key"):
+            coordinator.accept_shares(BOB, wrong)
     with pytest.raises(MessageRefused, match="each takes 33 bytes"):
         replace(honest, key_shares={DAVE: bytes(32)})
     with pytest.raises(MessageRefused, match="not among the survivors"):

@@ -49,6 +49,17 @@ def test_fewer_shares_fit_every_secret(secret, other, threshold):
     assert bytes(join(shares)) == other
 
 
+@settings(max_examples=20)
+@given(secrets_of_32, st.integers(2, 6))
+def test_one_share_less_than_the_threshold_foretells_neither_secret_nor_share(secret, threshold):
+    shares = split(secret, shares=threshold + 1, threshold=threshold)
+    points = [(number, int.from_bytes(share)) for number, share in enumerate(shares, start=1)]
+    # A polynomial of a lower degree than it should have would go through one point too few.
+    assert interpolated(points[: threshold - 1], at=0) != int.from_bytes(secret)
+    assert interpolated(points[: threshold - 1], at=threshold) != points[threshold - 1][1]
+    assert interpolated(points[:threshold], at=threshold + 1) == points[threshold][1]
+
+
 def test_two_splits_of_one_secret_have_no_share_in_common():
     assert not set(split(bytes(32), shares=5, threshold=3)) & set(split(bytes(32), shares=5, threshold=3))
 
@@ -102,6 +113,12 @@ def test_the_recipient_alone_opens_its_shares_and_in_that_attempt_alone(ends):
     for wrong in (other_terms, other_direction):
         with pytest.raises(MessageRefused, match="shares from site-00: do not open"):
             open_shares(wrong, sealed, dealer=names(1)[0])
+
+
+def test_the_same_shares_sealed_twice_do_not_look_the_same(ends):
+    dealing, *_ = ends
+    sealed = {seal_shares(dealing, key_share=b"k" * 33, seed_share=b"s" * 33) for _ in range(2)}
+    assert len(sealed) == 2
 
 
 def test_an_altered_share_does_not_open(ends):
