@@ -92,6 +92,16 @@ def test_all_or_nothing_names_who_is_missing_in_each_phase():
     assert proposal.terms.participants == names(3)
 
 
+def test_a_survivor_that_does_not_vote_ends_the_attempt():
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, _ = partnership.masked(vanish=names(1))
+    request = coordinator.survivors()
+    for site in names(4)[1:3]:
+        coordinator.accept_vote(site, partnership.sites[site].vote(request))
+    with pytest.raises(RoundFailed, match="votes of site-03 are missing"):
+        coordinator.votes()
+
+
 def test_a_further_attempt_goes_on_without_the_site_that_vanished():
     partnership = Partnership.of(4)
     coordinator, _ = partnership.masked(vanish=names(1))
