@@ -82,6 +82,7 @@ class LocalPhotos:
         verify_photos(photos, self.site.path(self.site.settings.photos), self.limits)
         training = [photo for photo in photos if photo.split is Split.TRAIN]
         upright, *turned = model.views
+        self._store(model, upright).forget_others(photos)
         self.features(model, photos, upright)
         for view in turned if model.on_features else ():
             self.features(model, training, view)
@@ -93,17 +94,19 @@ class LocalPhotos:
 
     def features(self, model: ModelSpec, photos: Sequence[Photo], view: View) -> npt.NDArray[np.float32]:
         """Features [photos, dimensions] as ``view`` shows the photos; extracted where the cache has none."""
+        return self._store(model, view).features(photos, progress=_log_progress)
+
+    def _store(self, model: ModelSpec, view: View) -> FeatureStore:
         settings = self.site.settings
         folder = self.site.path(settings.cache)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         frozen = _extractor(model.frozen, self.site.path(settings.backbones), self.compute)
-        store = FeatureStore(
+        return FeatureStore(
             root=self.site.path(settings.photos),
             cache=folder,
             extractor=ViewedExtractor(extractor=frozen, view=view),
             limits=self.limits,
         )
-        return store.features(photos, progress=_log_progress)
 
     def inputs(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
         """Network inputs [photos, 3, input, input] of upright photos, read from the disk each time."""

@@ -88,11 +88,15 @@ class FeatureStore:
         return np.stack(found) if found else np.empty((0, self.extractor.dimensions), dtype=np.float32)
 
     def forget_others(self, photos: Sequence[Photo]) -> None:
-        """The cache holds no row but those of ``photos``; features under other models are gone altogether."""
+        """The cache holds no row but those of ``photos``.
+
+        Rows of this extractor are dropped one by one; another's file goes altogether if it holds any other photo, and
+        is made again when it is wanted.
+        """
         wanted = set(_keys(photos))
         rows = self._kept()
         for path in self.cache.glob("features-*"):
-            if path != self._path:
+            if path != self._path and not _known(path) <= wanted:
                 path.unlink(missing_ok=True)
         if rows.keys() - wanted:
             self._keep({key: row for key, row in rows.items() if key in wanted})
@@ -140,6 +144,15 @@ class FeatureStore:
         content = hashlib.sha256(keys.tobytes())
         content.update(features.tobytes())
         return {"extractor": self.extractor.digest, "content": content.hexdigest()}
+
+
+def _known(path: Path) -> set[bytes]:
+    """Digests of the photos in a file of features, or of nothing known where it cannot be read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return {key.tobytes() for key in file.get_tensor("photos")}
+    except (SafetensorError, OSError):
+        return {b"unreadable"}
 
 
 def _keys(photos: Sequence[Photo]) -> list[bytes]:

@@ -22,10 +22,12 @@ import numpy as np
 from accountants import accountants
 from features import public_features
 from gradients import gradients
+from ledgers import ledger
 from matplotlib.axes import Axes
 from quality import EPSILONS, SETTINGS, Outcome, load_photos, outcome
 from samplers import noise
 from sections import replace_section
+from secure_sum import secure_sum
 from utility import utility
 
 from fedgrade.data import elpv
@@ -36,7 +38,7 @@ from server.configure import compose_job
 from server.engines import run_engine
 from server.local_federation import Terms, create_local_federation
 
-SECTIONS = ("quality", "utility", "gradients", "noise", "accountants", "rounds", "demo")
+SECTIONS = ("quality", "utility", "gradients", "noise", "accountants", "ledger", "secure_sum", "rounds", "demo")
 TIMED_ROUNDS = 15
 FIGURES: dict[str, Callable[[Outcome, JobSpec], float]] = {
     "QWK": lambda run, spec: metrics(run.median_counts, spec.grading).quadratic_weighted_kappa,
@@ -198,6 +200,8 @@ def main() -> None:
         "gradients": lambda: gradients(spec),
         "noise": lambda: noise(spec),
         "accountants": accountants,
+        "ledger": ledger,
+        "secure_sum": secure_sum,
         "rounds": lambda: rounds(spec, cache=given.cache),
         "demo": lambda: demo(spec, cache=given.cache),
     }

@@ -191,11 +191,17 @@ def test_a_changed_photo_under_its_old_name_is_another_photo(root):
 
 
 def test_deleted_photos_can_be_forgotten(root):
+    """Their rows go, and with them another extractor's file that holds one; one that holds none stays."""
     photos = make_photos(root, 3)
     store(root, extractor=Means(digest="b" * 64)).features(photos, progress=silent)
-    store(root).features(photos, progress=silent)
-    store(root).forget_others(photos[1:])
-    assert bytes.fromhex(photos[0].digest) not in cache_file(root).read_bytes()
+    store(root, extractor=Means(digest="c" * 64)).features(photos[1:], progress=silent)
+    own = store(root)
+    own.features(photos, progress=silent)
+    own.forget_others(photos[1:])
+    left = {path.name.split("-")[1][:1] for path in (root.parent / "cache").iterdir()}
+    assert left == {own.extractor.digest[0], "c"}
+    for path in (root.parent / "cache").iterdir():
+        assert bytes.fromhex(photos[0].digest) not in path.read_bytes()
     kept = store(root)
     np.testing.assert_allclose(kept.features(photos[1:], progress=silent), expected(photos[1:]), atol=1e-6)
     assert kept.extractor.prepared == []
