@@ -102,7 +102,7 @@ class TrainingJob:
                 f"aggregation.minimum_sites: {self.spec.aggregation.minimum_sites} exceeds the "
                 f"{len(self.declared_items)} participants"
             )
-        if self.plan != calibrate(self.spec.privacy, participants=len(self.declared_items)):
+        if self.plan != _plan(self.spec, len(self.declared_items)):
             raise JobRefused("plan: is not the one that follows from the job's own privacy spec and participants")
 
     @property
@@ -133,5 +133,13 @@ def plan_job(spec: JobSpec, *, declared_items: dict[SiteId, int], nonce: str) ->
         PlanRefused: no plan meets the spec.
         JobRefused: the parts do not go together.
     """
-    plan = calibrate(spec.privacy, participants=len(declared_items))
-    return TrainingJob(spec=spec, declared_items=declared_items, plan=plan, nonce=nonce)
+    return TrainingJob(spec=spec, declared_items=declared_items, plan=_plan(spec, len(declared_items)), nonce=nonce)
+
+
+def _plan(spec: JobSpec, participants: int) -> PrivacyPlan:
+    """The plan on which ``spec`` keeps its target whoever answers.
+
+    Shares of noise are counted on for no more sites than must answer: a round is closed without the others.
+    """
+    sure = min(participants, spec.aggregation.minimum_sites) if spec.privacy.mode == "distributed" else participants
+    return calibrate(spec.privacy, participants=sure)

@@ -10,7 +10,7 @@ from fedgrade.errors import FedgradeError, JobRefused, PlanRefused
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
-from fedgrade.privacy.plan import DistributedSpec, LocalSpec, calibrate
+from fedgrade.privacy.plan import DistributedSpec, LocalSpec, calibrate, observer_epsilons
 from fedgrade.trust.canonical import decode, digest, encode
 from fedgrade.trust.identity import site_id
 
@@ -172,6 +172,16 @@ def test_the_plan_of_another_number_of_sites_is_refused():
     assert plan != calibrate(DISTRIBUTED, participants=2)
     with pytest.raises(JobRefused, match=r"^plan: is not the one"):
         TrainingJob(spec=replace(SPEC, privacy=DISTRIBUTED), declared_items=DECLARED, plan=plan, nonce="")
+
+
+@pytest.mark.parametrize("minimum_sites", [2, 3, 4])
+def test_shares_of_noise_keep_the_target_whoever_answers(minimum_sites):
+    spec = replace(SPEC, privacy=DISTRIBUTED, aggregation=replace(SPEC.aggregation, minimum_sites=minimum_sites))
+    sites = {site_id(f"recycler-{letter}"): 300 for letter in "abcd"}
+    plan = plan_job(spec, declared_items=sites, nonce="").plan
+    for answering in range(minimum_sites, len(sites) + 1):
+        seen = observer_epsilons(plan, participants=answering)
+        assert seen.coordinator <= seen.other_partner <= DISTRIBUTED.target_epsilon
 
 
 # These have one value each: what they are, and the grid they are on.

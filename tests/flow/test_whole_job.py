@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from fedgrade.errors import RoundFailed
+from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.policy import Summation
 from fedgrade.federation.verification import verify_federation
 from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec, LocalSpec, observer_epsilons
@@ -69,6 +70,15 @@ def test_distributed_mode_runs_where_coordinator_and_sites_are_one_process(feder
     seen = verify_federation(federation.root).jobs[job.digest].observers[NAMES[0]]
     assert seen.model_holder <= seen.other_partner <= DISTRIBUTED.privacy.target_epsilon
     assert seen.full_collusion <= DISTRIBUTED.privacy.floor_epsilon
+
+
+def test_distributed_mode_keeps_its_target_although_a_site_stays_silent(federation):
+    policy = replace(POLICY, modes=("distributed",), epsilon_per_job=60.0)
+    job = federation.job(DISTRIBUTED)
+    with federation.answers(policy=policy, summation=Summation.IN_PROCESS) as answers:
+        federation.run(job, InProcessCohort(sites={name: answers[name] for name in NAMES[:2]}))
+    seen = verify_federation(federation.root).jobs[job.digest].observers[NAMES[0]]
+    assert seen.coordinator <= seen.other_partner <= DISTRIBUTED.privacy.target_epsilon
 
 
 def test_distributed_mode_is_refused_where_uploads_would_travel_in_plain(federation):
