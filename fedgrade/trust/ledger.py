@@ -165,7 +165,8 @@ class LedgerWriter:
         if entry.time < self.head.time:
             raise LedgerUnavailable(
                 f"ledger {self.path}: the clock says {entry.time}, before the last entry at {self.head.time}; nothing "
-                "was charged or released; set the clock right and ask again"
+                "was charged or released; set the clock right and ask again; if it had run ahead when that entry was "
+                "written, wait until then"
             )
         line = seal(entry, self.key)
         if len(line) >= MAX_ENTRY_BYTES:

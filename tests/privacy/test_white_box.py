@@ -1,7 +1,7 @@
 """What an observer who sees everything finds in a site's releases: no evidence against what the ledger was charged.
 
 Canaries enter as a site's own photos do: features of one axis each, one to three photos an item. They pass through
-``compute_release`` (head inputs, padding, Opacus' gradients, clip, grid, sum, noise, wire) once a round; a white-box
+``compute_release`` (head inputs, padding, gradients, clip, grid, sum, noise, wire) once a round; a white-box
 observer then looks along each canary's axis. If the release is what the ledger was charged for, scores are N(shift, 1)
 for items that took part and N(0, 1) for those that did not. Statistics are written out here on purpose: a second
 method, that shares no code with ``fedgrade audit`` and puts nothing in the place of the site's own rows.
