@@ -175,6 +175,9 @@ class Site:
             )
         except Exception as error:
             self._charging.abort(reserved=reserved, reason=type(error).__name__)
+            if isinstance(error, FedgradeError):
+                # Whatever stopped a release may follow from a single item: the reason stays in this site's log.
+                raise DataRefused(f"{body.purpose} round {body.round_index}: {error}") from error
             raise
         receipt = self._charging.commit(ask, reserved=reserved, message_digest=digest(tensors))
         contribution = Contribution(

@@ -20,6 +20,8 @@ from fedgrade.trust.records import Composition, DiscreteGaussian, Mechanism, Poi
 GRID_BITS = 20
 COUNT_GRID_BITS = 10
 MIN_PARTICIPANTS = 2
+# Clips that arithmetic cannot tell from nothing or from everything would be measured against noise that is neither.
+MIN_GRAD_NORM, MAX_GRAD_NORM = 1e-6, 1e6
 _MAX_ROUNDS = 10_000
 _MAX_STEPS = 20_000  # accountants take longer with every step, and a job is solved by whoever reads it
 _SGD_DELTA_SHARE = 4  # the first Poisson job of a mixed account has delta / 4
@@ -124,8 +126,11 @@ class PrivacyPlan:
                 raise PlanRefused(f"plan: sensitivity {mechanism.sensitivity} is not the grid's 2^{bits}")
         if isinstance(self.train, DiscreteGaussian) and self.train.sensitivity != 2**GRID_BITS:
             raise PlanRefused(f"plan: train sensitivity {self.train.sensitivity} is not the grid's 2^{GRID_BITS}")
-        if not 1 <= self.rounds <= _MAX_ROUNDS or not 0 < self.max_grad_norm < math.inf:
-            raise PlanRefused(f"plan: rounds {self.rounds} and max_grad_norm {self.max_grad_norm} must be positive")
+        if not 1 <= self.rounds <= _MAX_ROUNDS or not MIN_GRAD_NORM <= self.max_grad_norm <= MAX_GRAD_NORM:
+            raise PlanRefused(
+                f"plan: rounds {self.rounds} must be in 1..{_MAX_ROUNDS} and max_grad_norm {self.max_grad_norm} in "
+                f"[{MIN_GRAD_NORM:g}, {MAX_GRAD_NORM:g}]"
+            )
 
     def mechanism(self, purpose: Purpose) -> Mechanism:
         """What one release for ``purpose`` costs."""
@@ -276,10 +281,14 @@ def _gaussian(rho: Fraction, *, bits: int) -> DiscreteGaussian:
 
 
 def _check_common(spec: LocalSpec | DistributedSpec | LocalSgdSpec) -> None:
-    for name in ("target_epsilon", "evaluation_epsilon", "max_grad_norm"):
+    for name in ("target_epsilon", "evaluation_epsilon"):
         value = getattr(spec, name)
         if not 0 < value < math.inf:
             raise JobRefused(f"privacy.{name}: {value} must be above 0")
+    if not MIN_GRAD_NORM <= spec.max_grad_norm <= MAX_GRAD_NORM:
+        raise JobRefused(
+            f"privacy.max_grad_norm: {spec.max_grad_norm} must be in [{MIN_GRAD_NORM:g}, {MAX_GRAD_NORM:g}]"
+        )
     if not 0 < spec.delta < 1:
         raise JobRefused(f"privacy.delta: {spec.delta} must be above 0 and below 1")
     if not 0 < spec.centre_share < 1:
