@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedgrade.errors import AlreadyCharged, BudgetExceeded, LedgerBroken, MessageRefused
+from fedgrade.errors import AlreadyCharged, BudgetExceeded, LedgerBroken, MessageRefused, PlanRefused, PolicyViolated
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_within
 from fedgrade.trust.identity import SigningKey, SiteId
@@ -59,6 +59,37 @@ def require_same_terms(dataset: DatasetOpened, *, standing: DatasetOpened) -> No
             f"data {dataset.lineage}/{dataset.cohort}: {changed[0]} differs from what the ledger has on record; put "
             "the manifest back, and list new items alone in a new cohort"
         )
+
+
+def require_company(job: TrainingJob, *, items: int, policy_minimum: int) -> None:
+    """Return if the cohorts that pay for a release hold enough declared ``items`` together to hide among.
+
+    Raises:
+        PolicyViolated: fewer than the partner's policy, or the job itself, asks for.
+    """
+    limits = {"policy.minimum_items": policy_minimum, "data.minimum_items": job.spec.data.minimum_items}
+    name, minimum = max(limits.items(), key=lambda limit: limit[1])
+    if items < minimum:
+        raise PolicyViolated(
+            f"job {job.spec.name}: only {items} declared items have budget left for it; {name} is {minimum}; wait for "
+            "a new ingestion cohort"
+        )
+
+
+def require_affordable(spending: Spending, *, ceiling: Ceiling, account: AccountKey) -> None:
+    """Return if ``account`` can bear ``spending``.
+
+    Raises:
+        BudgetExceeded: it would pass ``ceiling``, or has no share of delta left for one more Poisson job.
+    """
+    try:
+        require_within(spending, ceiling=ceiling, account=account)
+    except PlanRefused as error:
+        # An account that cannot state its epsilon is as exhausted as one that would pass its ceiling.
+        raise BudgetExceeded(
+            f"account {account.partner}/{account.lineage}/{account.cohort}/{account.partition}: cannot bear it, "
+            f"because {error}; wait for a new ingestion cohort"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +153,19 @@ class Charging:
         Raises:
             LedgerBroken: the same lineage and cohort stand in the ledger with other photos.
         """
+        self.require_standing(dataset)
+        if self._datasets.get((dataset.lineage, dataset.cohort)) != dataset:
+            self._append(dataset)
+
+    def require_standing(self, dataset: DatasetOpened) -> None:
+        """Return if ``dataset`` is new, or may follow what the ledger has on it; writes nothing.
+
+        Raises:
+            LedgerBroken: the same lineage and cohort stand in the ledger with other photos.
+        """
         standing = self._datasets.get((dataset.lineage, dataset.cohort))
-        if standing == dataset:
-            return
         if standing is not None:
             require_same_terms(dataset, standing=standing)
-        self._append(dataset)
 
     def accept(self, job: TrainingJob, *, envelope: str, accounts: tuple[AccountKey, ...]) -> None:
         """Record that this site takes part in ``job``, and which accounts may pay for it; once."""
@@ -240,9 +278,7 @@ class Charging:
             BudgetExceeded: none can; nothing was charged.
             LedgerUnavailable: it could not be written; nothing was charged.
         """
-        paying = self.solvent(
-            accounts, ceiling=ceiling, charge=lambda spending: spending.charged(mechanism, job=ask.job)
-        )
+        paying = self.payers(ask, accounts=accounts, mechanism=mechanism, ceiling=ceiling)
         body = Reserve(
             job=ask.job,
             round_index=ask.round_index,
@@ -256,6 +292,16 @@ class Charging:
         )
         return Reserved(sequence=self._append(body).sequence, accounts=paying)
 
+    def payers(
+        self, ask: Ask, *, accounts: tuple[AccountKey, ...], mechanism: Mechanism, ceiling: Ceiling
+    ) -> tuple[AccountKey, ...]:
+        """Those of ``accounts`` that :meth:`reserve` would charge for one release; charges nothing.
+
+        Raises:
+            BudgetExceeded: none can pay.
+        """
+        return self.solvent(accounts, ceiling=ceiling, charge=lambda spending: spending.charged(mechanism, job=ask.job))
+
     def solvent(
         self, accounts: tuple[AccountKey, ...], *, ceiling: Ceiling, charge: Callable[[Spending], Spending]
     ) -> tuple[AccountKey, ...]:
@@ -268,7 +314,7 @@ class Charging:
         paying: list[AccountKey] = []
         for account in accounts:
             try:
-                require_within(charge(self.spending(account)), ceiling=ceiling, account=account)
+                require_affordable(charge(self.spending(account)), ceiling=ceiling, account=account)
                 paying.append(account)
             except BudgetExceeded as error:
                 refusals.append(error)

@@ -1,7 +1,7 @@
 """What a job would cost, leave and be refused for, told before anything runs. Reads no photo and writes no ledger.
 
 The rules asked are the ones that decide when the job comes: a site's policy through :func:`policy.admit`, its accounts
-through :func:`budget.require_within`, its terms through :func:`charging.require_same_terms`.
+through :func:`charging.require_affordable`, its terms through :func:`charging.require_same_terms`.
 """
 
 import math
@@ -15,14 +15,14 @@ import numpy as np
 
 from fedgrade.errors import FedgradeError
 from fedgrade.evaluation import ConfusionCounts, GradingMetrics, metrics
-from fedgrade.federation.charging import require_same_terms
+from fedgrade.federation.charging import require_affordable, require_company, require_same_terms
 from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
 from fedgrade.federation.site_proof import SiteProof
 from fedgrade.federation.verification import FederationProof
 from fedgrade.grading import GradeScale
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.attack import AttackBound, bound_from_epsilon, bound_from_zcdp_epsilon
-from fedgrade.privacy.budget import Ceiling, Spending, require_within
+from fedgrade.privacy.budget import Ceiling, Spending
 from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons, PrivacyPlan, observer_epsilons
 from fedgrade.trust.identity import SiteId
@@ -352,6 +352,7 @@ def _refusals(
                 items = standing.cohorts.get(account.account.cohort, dataset.declared_items)
                 terms = replace(dataset, composition=policy.composition, declared_items=items)
                 rules.append(partial(require_same_terms, terms, standing=dataset))
+    rules += [partial(_require_company, job, standing, side, exhausted) for side in sides.values()]
     # A site stays out only if on one side no cohort can pay; otherwise the others go on.
     broke = [side for side in sides.values() if all(one.account in exhausted for one in side)]
     messages = [message for rule in rules if (message := _refusal(rule)) is not None]
@@ -359,10 +360,20 @@ def _refusals(
     return tuple(dict.fromkeys(messages))
 
 
+def _require_company(
+    job: TrainingJob, standing: Standing, side: tuple[AccountForecast, ...], exhausted: Mapping[AccountKey, str]
+) -> None:
+    """Ask for enough items in the cohorts that can pay, where some can and some cannot."""
+    paying = [one.account.cohort for one in side if one.account not in exhausted]
+    if 0 < len(paying) < len(side):
+        items = sum(standing.cohorts[cohort] for cohort in paying)
+        require_company(job, items=items, policy_minimum=standing.policy.minimum_items if standing.policy else 0)
+
+
 def _require_affordable(job: TrainingJob, account: AccountForecast) -> None:
     ceiling = Ceiling(epsilon=account.ceiling or Fraction(0), delta=account.delta, composition=account.composition)
     after = _charge(job, account.account)(account.spending, job=job.digest)
-    require_within(after, ceiling=ceiling, account=account.account)
+    require_affordable(after, ceiling=ceiling, account=account.account)
 
 
 def _refusal(rule: Callable[[], object]) -> str | None:

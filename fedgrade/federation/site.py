@@ -7,6 +7,7 @@ against them. It knows no network; a door hands it bytes and carries bytes away.
 import hashlib
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import assert_never
@@ -23,7 +24,7 @@ from fedgrade.errors import (
     ModelRefused,
     PolicyViolated,
 )
-from fedgrade.federation.charging import Ask, Charging
+from fedgrade.federation.charging import Ask, Charging, require_company
 from fedgrade.federation.holdings import Holdings, SiteData, read_holdings
 from fedgrade.federation.members import Members
 from fedgrade.federation.messages import (
@@ -124,14 +125,10 @@ class Site:
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
         seen = self._require_watched(body)
+        members = self._require_apart(opened.holdings)
         accounts = self._affordable(opened)
         self._data.photos.prepare(opened.job.spec.model, opened.holdings.photos)
-        for cohort, holding in opened.holdings.cohorts.items():
-            self._members.require_apart(
-                holding.manifest, lineage=self._data.lineage, cohort=cohort, opened=self._charging.opened
-            )
-        for holding in opened.holdings.cohorts.values():
-            self._charging.open_dataset(holding.dataset)
+        self._put_under_account(opened.holdings, members)
         self._charging.accept(opened.job, envelope=body.job_envelope, accounts=accounts)
         self._charging.witness(body.ledger)
         self._jobs = {opened.job.digest: opened}
@@ -156,10 +153,11 @@ class Site:
             raise MessageRefused(f"{body.purpose} round {body.round_index}: the plan has no such round")
         self._charging.require_fresh(ask, maximum_attempts=self._policy.maximum_attempts)
         head = read_head(request.tensors, opened.job)
+        accounts = self._payers(opened, ask)
         # Charge before any photo is read: a crash may waste budget but can never hide a release.
         reserved = self._charging.reserve(
             ask,
-            accounts=self._payers(opened, "test" if body.purpose == "evaluate" else "train"),
+            accounts=accounts,
             mechanism=plan.mechanism(body.purpose),
             ceiling=self._policy.ceiling,
             weights_digest=request.document.tensors_digest,
@@ -213,10 +211,26 @@ class Site:
             # After a restart: the ledger remembers what was admitted, and policy is asked once more.
             opened = self._read_job(self._charging.accepted(job_digest).job_envelope)
             # The partner may have moved its ceiling meanwhile; charges must stand under the one on record.
-            for holding in opened.holdings.cohorts.values():
-                self._charging.open_dataset(holding.dataset)
+            self._put_under_account(opened.holdings, self._require_apart(opened.holdings))
             self._jobs = {job_digest: opened}
         return self._jobs[job_digest]
+
+    def _require_apart(self, holdings: Holdings) -> Mapping[str, frozenset[str]]:
+        """Who is in which cohort, if all of ``holdings`` may stand beside what is under account; writes nothing.
+
+        Raises:
+            LedgerBroken: terms differ from those on record, or an item would get a second budget.
+        """
+        for holding in holdings.cohorts.values():
+            self._charging.require_standing(holding.dataset)
+        manifests = {cohort: holding.manifest for cohort, holding in holdings.cohorts.items()}
+        return self._members.require_apart(manifests, lineage=self._data.lineage, opened=self._charging.opened)
+
+    def _put_under_account(self, holdings: Holdings, members: Mapping[str, frozenset[str]]) -> None:
+        # Members first: after a crash in between, a cohort that the ledger does not know is simply listed anew.
+        self._members.keep(members)
+        for holding in holdings.cohorts.values():
+            self._charging.open_dataset(holding.dataset)
 
     def _affordable(self, opened: "_OpenJob") -> tuple[AccountKey, ...]:
         """The accounts whose lifetime budget bears the whole job; the others stay out of it.
@@ -240,7 +254,8 @@ class Site:
             ceiling=ceiling,
             charge=lambda spending: plan.charge_evaluation(spending, job=job),
         )
-        self._require_company(opened, train)
+        for side in (train, test):
+            self._require_company(opened, side)
         return train + test
 
     def _accounts(self, opened: "_OpenJob", partition: Partition) -> tuple[AccountKey, ...]:
@@ -250,19 +265,34 @@ class Site:
             for _, holding in sorted(opened.holdings.cohorts.items())
         )
 
-    def _payers(self, opened: "_OpenJob", partition: Partition) -> tuple[AccountKey, ...]:
-        """The accounts on one side that were admitted to the job, as the ledger has it."""
-        admitted = self._charging.accepted(opened.job.digest).accounts
-        return tuple(account for account in admitted if account.partition == partition)
+    def _payers(self, opened: "_OpenJob", ask: Ask) -> tuple[AccountKey, ...]:
+        """The accounts admitted to the job that can pay for ``ask``, as the ledger has it.
 
-    def _require_company(self, opened: "_OpenJob", train: tuple[AccountKey, ...]) -> None:
-        """Refuse a job that only cohorts with too few items together can pay for."""
-        items = opened.holdings.declared_items(frozenset(account.cohort for account in train))
-        if items < max(self._policy.minimum_items, opened.job.spec.data.minimum_items):
-            raise PolicyViolated(
-                f"job {opened.job.spec.name}: only {items} declared items have budget left for it; "
-                f"policy.minimum_items is {self._policy.minimum_items}"
-            )
+        Raises:
+            LedgerBroken: one of those admitted is of a cohort that is listed no more.
+            BudgetExceeded: none can.
+            PolicyViolated: too few items are left to hide among.
+        """
+        partition: Partition = "test" if ask.purpose == "evaluate" else "train"
+        admitted = self._charging.accepted(ask.job).accounts
+        accounts = tuple(account for account in admitted if account.partition == partition)
+        for account in accounts:
+            # Nobody's items may be read at the expense of others.
+            if account not in self._accounts(opened, partition):
+                raise LedgerBroken(
+                    f"data {account.lineage}/{account.cohort}: was admitted to job {opened.job.spec.name} and is "
+                    "listed no more; list it again, or let the job end without this site"
+                )
+        mechanism, ceiling = opened.job.plan.mechanism(ask.purpose), self._policy.ceiling
+        paying = self._charging.payers(ask, accounts=accounts, mechanism=mechanism, ceiling=ceiling)
+        # Attempts beyond the plan use budget up, so that a few items may be left alone in mid-job.
+        self._require_company(opened, paying)
+        return paying
+
+    def _require_company(self, opened: "_OpenJob", paying: tuple[AccountKey, ...]) -> None:
+        """Refuse what only cohorts with too few items together can pay for."""
+        items = opened.holdings.declared_items(frozenset(account.cohort for account in paying))
+        require_company(opened.job, items=items, policy_minimum=self._policy.minimum_items)
 
     def _rows(self, opened: "_OpenJob", split: Split, cohorts: frozenset[str]) -> SiteRows:
         if (split, cohorts) not in opened.rows:

@@ -4,9 +4,14 @@ from base64 import b64encode
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fedgrade.data.manifest import Manifest, Photo, Provenance, Split, read_manifest, write_manifest
+from fedgrade.errors import LedgerBroken
 from fedgrade.federation import messages
-from fedgrade.federation.messages import Admitted, Contribution, Request
+from fedgrade.federation.members import Members
+from fedgrade.federation.messages import Admitted, Contribution, Refusal, Request
 from fedgrade.job import TrainingJob, plan_job
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import payload_type, pre_authentication_encoding, seal
@@ -23,6 +28,7 @@ from tests.federation.small_federation import (
     refusal_and_log,
     told,
     with_privacy,
+    write_photos,
 )
 
 SITE = NAMES[0]
@@ -162,6 +168,157 @@ def test_old_items_get_no_new_budget_under_a_new_name(federation, job, caplog):
         assert answer[0] == "ledger"
         assert "under account as" in answer[2]
         assert federation.ledger(SITE).read_bytes() == before
+
+
+def test_old_items_get_no_second_budget_by_way_of_a_manifest_that_was_refused(federation, job, caplog):
+    """Other items under the old name are refused, and the record of who is in that cohort outlives it."""
+    folder = federation.folder(SITE)
+    with federation.site() as site:
+        site.answer(federation.admission(job))
+        site.answer(federation.question(job, ask("centre")))
+    old, members = (folder / "manifest.csv").read_bytes(), (folder / "members.json").read_bytes()
+    (folder / "manifest.csv").write_bytes(write_manifest(later_photos(federation)))
+    with federation.site() as site:
+        assert refusal(federation, site, federation.admission(federation.job(nonce="2")))[0] == "ledger"
+    assert (folder / "members.json").read_bytes() == members
+    dropped = read_manifest(old, SCALE).photos[-1].item
+    kept = [photo for photo in read_manifest(old, SCALE).photos if photo.item != dropped]
+    (folder / "old.csv").write_bytes(write_manifest(kept))
+    with federation.site(cohorts={"2027": ("old.csv", DECLARED)}) as site:
+        answer = refusal_and_log(federation, site, federation.admission(federation.job(nonce="3")), caplog)
+    assert answer[0] == "ledger"
+    assert "holds items that are under account as squares-recycler-a/2026" in answer[2]
+
+
+@pytest.mark.parametrize("name", ["2025", "2027"])
+def test_new_items_that_were_listed_in_the_old_cohort_may_be_listed_in_a_new_one(federation, job, caplog, name):
+    """What the error advises works, whether the new name comes before the old one or after it."""
+    folder = federation.folder(SITE)
+    with federation.site() as site:
+        site.answer(federation.admission(job))
+    old, new = (folder / "manifest.csv").read_bytes(), later_photos(federation)
+    (folder / "manifest.csv").write_bytes(write_manifest([*read_manifest(old, SCALE).photos, *new]))
+    with federation.site() as site:
+        answer = refusal_and_log(federation, site, federation.admission(federation.job(nonce="2")), caplog)
+    assert "put the manifest back, and list new items alone in a new cohort" in answer[2]
+    (folder / "manifest.csv").write_bytes(old)
+    (folder / "new.csv").write_bytes(write_manifest(new))
+    cohorts = {"2026": ("manifest.csv", DECLARED), name: ("new.csv", DECLARED)}
+    with federation.site(cohorts=cohorts) as site:
+        again = federation.job(nonce="3", declared=2 * DECLARED)
+        assert isinstance(told(federation, site, federation.admission(again)), Admitted)
+
+
+def test_a_refused_admission_leaves_no_members_behind(federation, job):
+    """Terms of every cohort are asked before anything is written, also of those that come last."""
+    folder = federation.folder(SITE)
+    with federation.site() as site:
+        site.answer(federation.admission(job))
+    members = (folder / "members.json").read_bytes()
+    (folder / "new.csv").write_bytes(write_manifest(later_photos(federation)))
+    (folder / "manifest.csv").write_bytes((folder / "manifest.csv").read_bytes().replace(b",own,", b",other,"))
+    with federation.site(cohorts={"2025": ("new.csv", DECLARED), "2026": ("manifest.csv", DECLARED)}) as site:
+        again = federation.job(nonce="2", declared=2 * DECLARED)
+        assert refusal(federation, site, federation.admission(again))[0] == "ledger"
+    assert (folder / "members.json").read_bytes() == members
+
+
+@pytest.mark.parametrize("swapped", ["cohort", "items"])
+def test_a_restart_in_mid_job_with_other_cohorts_reads_nothing_at_the_old_ones_expense(
+    federation, job, caplog, swapped
+):
+    """The job states one size and not which cohorts have it: the admitted ones must still be there."""
+    with federation.site() as site:
+        site.answer(federation.admission(job))
+        site.answer(federation.question(job, ask("centre")))
+    charges = len(federation.charges(SITE))
+    if swapped == "items":
+        (federation.folder(SITE) / "new.csv").write_bytes(write_manifest(later_photos(federation)))
+    manifest = {"cohort": "manifest.csv", "items": "new.csv"}[swapped]
+    with federation.site(cohorts={"2027": (manifest, DECLARED)}) as site:
+        body = told(federation, site, federation.question(job, ask("train")))
+    assert isinstance(body, Refusal)
+    assert body.code == "ledger"
+    assert {"cohort": "under account as", "items": "is listed no more"}[swapped] in caplog.text
+    assert len(federation.charges(SITE)) == charges
+    with federation.site() as site:
+        assert isinstance(told(federation, site, federation.question(job, ask("train"))), Contribution)
+
+
+NUMBERS = st.frozensets(st.integers(0, 12), max_size=3)
+
+
+@settings(max_examples=60)
+@given(
+    opened=st.dictionaries(st.sampled_from("bdf"), NUMBERS),
+    stale=st.booleans(),
+    new=st.dictionaries(st.sampled_from("aceg"), NUMBERS),
+)
+def test_new_cohorts_are_let_in_exactly_if_no_item_is_in_two(tmp_path_factory, opened, stale, new):
+    """Against counting by hand: whatever the names, and whatever an admission that came to nothing left behind."""
+    left_behind = {"stale": frozenset(range(13))} if stale else {}
+    path = tmp_path_factory.mktemp("members") / "members.json"
+    opened = {name: frozenset(2 * number + 100 * ord(name) for number in numbers) for name, numbers in opened.items()}
+    shared = {number for numbers in opened.values() for number in numbers}
+    new = {
+        name: frozenset(min(shared, default=0) if number == 0 else number for number in items)
+        for name, items in new.items()
+    }
+    names = frozenset(f"squares/{name}" for name in opened)
+    members = Members(path, secret=b"secret")
+    members.keep(members.require_apart(listed({**left_behind, **opened}), lineage="squares", opened=frozenset()))
+    before = path.read_bytes() if path.exists() else b""
+    counted = [number for items in (*opened.values(), *new.values()) for number in items]
+    if len(counted) == len(set(counted)):
+        known = members.require_apart(listed({**opened, **new}), lineage="squares", opened=names)
+        members.keep(known)
+        assert Members(path, secret=b"secret").require_apart({}, lineage="squares", opened=frozenset(known)) == known
+    else:
+        with pytest.raises(LedgerBroken, match="under account as"):
+            members.require_apart(listed({**opened, **new}), lineage="squares", opened=names)
+        assert (path.read_bytes() if path.exists() else b"") == before
+
+
+def test_a_members_file_with_other_items_than_the_ledger_is_not_overwritten(tmp_path):
+    members = Members(tmp_path / "members.json", secret=b"secret")
+    members.keep(members.require_apart(listed({"a": {1, 2}}), lineage="squares", opened=frozenset()))
+    with pytest.raises(LedgerBroken, match="has other items for squares/a than the ledger"):
+        members.require_apart(listed({"a": {1, 3}}), lineage="squares", opened=frozenset({"squares/a"}))
+
+
+def listed(cohorts):
+    """A manifest a cohort, of items by number."""
+    return {
+        name: Manifest(
+            photos=tuple(_numbered(number) for number in items),
+            digest="0" * 64,
+            scale=SCALE,
+        )
+        for name, items in cohorts.items()
+    }
+
+
+def _numbered(number):
+    return Photo(
+        path=f"{number}.png",
+        digest=digest(str(number).encode()),
+        item=f"item-{number}",
+        source=f"source-{number}",
+        grade="A",
+        split=Split.TRAIN,
+        provenance=Provenance.REAL,
+        licence="own",
+        origin="generated for a test",
+    )
+
+
+def later_photos(federation):
+    """New items of the first site, on disk and in no manifest yet."""
+    folder = federation.folder(SITE)
+    photos = write_photos(folder / "later", first=5000)
+    for photo in photos:
+        (folder / "later" / photo.path).rename(folder / "photos" / photo.path)
+    return photos
 
 
 def test_without_its_members_file_a_ledger_opens_no_further_cohort(federation, job, caplog):

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 
 from fedgrade.data.manifest import Split, read_manifest, write_manifest
-from fedgrade.errors import LedgerBroken
+from fedgrade.errors import LedgerBroken, PlanRefused
+from fedgrade.federation.charging import Ask, Charging
+from fedgrade.federation.forecast import Standing, forecast
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.messages import Admitted, Contribution, Refusal
 from fedgrade.federation.site_proof import prove_site
 from fedgrade.federation.verification import verify_federation
 from fedgrade.model.weights import read_weights
 from fedgrade.trust.ledger import LedgerWriter, read_ledger
-from fedgrade.trust.records import PlanAccepted, Reserve
+from fedgrade.trust.records import AccountKey, PlanAccepted, Reserve
 from tests.federation.small_federation import (
     DECLARED,
+    LOCAL_SGD,
     NAMES,
     POLICY,
     SCALE,
@@ -154,6 +157,94 @@ def test_too_few_items_left_with_budget_are_no_company(federation):
     assert "only 4 declared items have budget left" in body.reason
 
 
+@pytest.mark.usefixtures("quick", "later")
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_a_cohort_that_runs_dry_in_mid_job_does_not_leave_a_handful_alone(federation, purpose):
+    """Company is asked for again at every charge, and before it."""
+    spec = {
+        "train": with_privacy(target_epsilon=20.0, evaluation_epsilon=1.0, rounds=1),
+        "evaluate": with_privacy(target_epsilon=1.0, evaluation_epsilon=20.0, rounds=1),
+    }[purpose]
+    early = {"train": {"target_epsilon": 10.0}, "evaluate": {"evaluation_epsilon": 10.0}}[purpose]
+    run_alone(federation, federation.job(with_privacy(**{"target_epsilon": 1.0, "evaluation_epsilon": 1.0, **early})))
+    policy = replace(POLICY, epsilon_limit=32.0, minimum_items=DECLARED)
+    job = federation.job(spec, nonce="dry", declared=ALL)
+    replies = []
+    with federation.site(policy=policy, cohorts=BOTH) as site:
+        assert isinstance(told(federation, site, federation.admission(job)), Admitted)
+        for question in [ask("centre"), *(ask(purpose, 0, attempt) for attempt in range(3))]:
+            before = federation.ledger(SITE).read_bytes()
+            replies.append(told(federation, site, federation.question(job, question)))
+    assert isinstance(replies[1], Contribution)
+    assert isinstance(replies[-1], Refusal)
+    assert replies[-1].code == "policy"
+    assert "only 4 declared items have budget left for it; policy.minimum_items is 8" in replies[-1].reason
+    assert federation.ledger(SITE).read_bytes() == before
+    paid = [charge.accounts for charge in federation.charges(SITE) if charge.job == job.digest]
+    assert all({account.cohort for account in accounts} == {"2026", "2027"} for accounts in paid)
+
+
+@pytest.mark.usefixtures("quick", "later")
+def test_held_out_items_that_would_be_left_alone_are_no_company_either(federation):
+    """A job that could be trained and not evaluated is refused before anything is spent on it."""
+    early = with_privacy(target_epsilon=1.0, evaluation_epsilon=10.0, rounds=1)
+    run_alone(federation, federation.job(early, nonce="before"))
+    policy = replace(POLICY, epsilon_limit=15.0, minimum_items=DECLARED)
+    job = federation.job(replace(early, name="last"), declared=ALL)
+    with federation.site(policy=policy, cohorts=BOTH) as site:
+        body = told(federation, site, federation.admission(job))
+    assert isinstance(body, Refusal)
+    assert body.code == "policy"
+    assert "only 4 declared items have budget left" in body.reason
+
+
+MIXED = replace(
+    POLICY, modes=("local", "local_sgd"), delta=1e-8, epsilon_limit=1000.0, epsilon_per_job=200.0, minimum_items=4
+)
+SGD = replace(LOCAL_SGD, privacy=replace(LOCAL_SGD.privacy, delta=1e-8))
+
+
+@pytest.mark.usefixtures("quick", "later")
+def test_a_cohort_without_a_share_of_delta_for_one_more_poisson_job_stays_out_like_any_exhausted_one(federation):
+    """The k-th such job takes delta / 2^(k+1) of an account: at a delta of 1e-8 there is none left for the third."""
+    job = federation.job(SGD, nonce="third")
+    with federation.site(policy=MIXED) as site:
+        for nonce in ("first", "second"):
+            admission = federation.admission(federation.job(SGD, nonce=nonce))
+            assert isinstance(told(federation, site, admission), Admitted)
+    train = AccountKey(partner=SITE, lineage=f"squares-{SITE}", cohort="2026", partition="train")
+    path, key = federation.ledger(SITE), federation.site_keys[SITE]
+    with Charging.open(path, site=SITE, key=key, clock=federation.clock) as charging:
+        for nonce in ("first", "second"):
+            charging.reserve(
+                Ask(job=federation.job(SGD, nonce=nonce).digest, purpose="train", round_index=0, attempt=0),
+                accounts=(train,),
+                mechanism=job.plan.train,
+                ceiling=MIXED.ceiling,
+                weights_digest="0" * 64,
+            )
+        spending = charging.spending(train).charged(job.plan.train, job=job.digest)
+        with pytest.raises(PlanRefused, match="delta"):
+            spending.epsilon(delta=MIXED.ceiling.delta, composition="mixed")
+    before = path.read_bytes()
+    with federation.site(policy=MIXED) as site:
+        refused = told(federation, site, federation.admission(job))
+    assert isinstance(refused, Refusal)
+    assert (refused.code, path.read_bytes()) == ("budget", before)
+    assert "wait for a new ingestion cohort" in refused.reason
+    proof = prove_site(path, site=SITE, roster=federation.roster)
+    old = Standing(policy=MIXED, proof=proof, lineage=train.lineage, cohorts={"2026": DECLARED})
+    assert forecast(job, standings={SITE: old}).sites[0].refusals == (refused.reason,)
+    both = federation.job(SGD, nonce="both", declared=ALL)
+    with federation.site(policy=MIXED, cohorts=BOTH) as site:
+        assert isinstance(told(federation, site, federation.admission(both)), Admitted)
+    accepted = [entry.body for entry in federation.entries(SITE) if isinstance(entry.body, PlanAccepted)][-1]
+    assert {account.cohort for account in accepted.accounts if account.partition == "train"} == {"2027"}
+    new = replace(old, cohorts={"2026": DECLARED, "2027": DECLARED // 2})
+    foretold = forecast(both, standings={SITE: new}).sites[0]
+    assert (foretold.refusals, len(foretold.exhausted)) == ((), 1)
+
+
 def test_a_source_keeps_its_side_in_every_cohort(federation, later, caplog):
     other = {Split.TRAIN: Split.TEST, Split.TEST: Split.TRAIN}
     old = read_manifest((federation.folder(SITE) / "manifest.csv").read_bytes(), SCALE).photos[0]
@@ -215,7 +306,7 @@ def test_a_ledger_that_spares_an_admitted_cohort_nothing_and_charges_another_is_
         return body
 
     rewritten(federation, stays_out)
-    with pytest.raises(LedgerBroken, match="charges cohort 2027, which was not admitted to the job"):
+    with pytest.raises(LedgerBroken, match=r"which was not admitted to the job|that could was left out"):
         prove_site(federation.ledger(SITE), site=SITE, roster=federation.roster)
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedgrade.data.manifest import write_manifest
 from fedgrade.evaluation import ConfusionCounts, metrics
 from fedgrade.federation.forecast import (
     Standing,
@@ -29,7 +30,15 @@ from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.noise import discrete_gaussian
 from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec, calibrate
 from fedgrade.trust.records import DiscreteGaussian
-from tests.federation.small_federation import DECLARED, NAMES, POLICY, SCALE, SPEC, with_privacy
+from tests.federation.small_federation import (
+    DECLARED,
+    NAMES,
+    POLICY,
+    SCALE,
+    SPEC,
+    with_privacy,
+    write_photos,
+)
 
 ITEMS = dict.fromkeys(NAMES, DECLARED)
 DISTRIBUTED = DistributedSpec(
@@ -120,6 +129,28 @@ def test_a_site_says_exactly_what_the_forecast_said_it_would(federation, changes
     assert isinstance(body, Refusal) == bool(foretold)
     if foretold:
         assert body.reason in foretold
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("later", [4, 8])
+def test_cohorts_too_small_to_pay_alone_are_foretold_as_the_site_says_it(federation, later):
+    federation.run_in_process(federation.job(with_privacy(rounds=1)))
+    folder, name = federation.folder(NAMES[0]), NAMES[0]
+    photos = write_photos(folder / "later", first=5000)
+    for photo in photos:
+        (folder / "later" / photo.path).rename(folder / "photos" / photo.path)
+    (folder / "later.csv").write_bytes(write_manifest(photos))
+    policy = replace(POLICY, epsilon_limit=60.0, minimum_items=8)
+    job = federation.job(nonce="next", declared=DECLARED + later)
+    standing = replace(standings(federation, policy)[name], cohorts={"2026": DECLARED, "2027": later})
+    (foretold, *_) = forecast(job, standings={name: standing}).sites
+    with federation.site(
+        policy=policy, cohorts={"2026": ("manifest.csv", DECLARED), "2027": ("later.csv", later)}
+    ) as site:
+        body = federation.opened(site.answer(federation.admission(job))).document.body
+    assert len(foretold.exhausted) == 2, "both sides of 2026"
+    assert foretold.refusals == ((body.reason,) if later < policy.minimum_items else ())
+    assert isinstance(body, Refusal) == bool(foretold.refusals)
 
 
 def test_two_rules_broken_are_both_told():
