@@ -1,8 +1,9 @@
 """From mechanisms to epsilon, and back. The one file that knows dp-accounting.
 
 Integer noise is accounted in zero-concentrated differential privacy, exactly, as fractions of rho; dp-accounting's
-privacy loss distribution must confirm it. Poisson-sampled noise is accounted by that distribution, pessimistically,
-and dp-accounting's Rényi accountant must bound it from above.
+privacy loss distribution must confirm it. Poisson-sampled noise is accounted by that distribution, pessimistically;
+an attack in closed form must bound it from below, and dp-accounting's Rényi accountant, held against the closed form of
+the same divergences, from above.
 Adjacency: add or remove one item. Everything printed is rounded up.
 """
 
@@ -20,7 +21,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
 from fedgrade.errors import PlanRefused
-from fedgrade.trust.records import PoissonGaussian
+from fedgrade.privacy.bounds import least_epsilon, renyi_epsilon
 
 MIN_DELTA = Fraction(1, 10**9)
 _LARGE_RHO = 1000
@@ -121,7 +122,7 @@ def poisson_epsilon(events: Mapping[tuple[Fraction, Fraction], int], *, delta: F
         delta: at least 1e-9.
 
     Raises:
-        PlanRefused: the two accountants disagree, so neither is believed.
+        PlanRefused: the accountants disagree, so none is believed.
     """
     _check_delta(delta)
     if not any(events.values()):
@@ -156,11 +157,6 @@ def poisson_noise_multiplier(*, sampling_rate: Fraction, steps: int, epsilon: Fr
     while low > 0 and suffices(low):
         low, high = low - low // 16 - 1, low
     return _least(suffices, low=low, high=high) * _NOISE_STEP
-
-
-def poisson_events(mechanism: PoissonGaussian) -> dict[tuple[Fraction, Fraction], int]:
-    """``mechanism`` as the events that :func:`poisson_epsilon` composes."""
-    return {(mechanism.sampling_rate, mechanism.noise_multiplier): mechanism.steps}
 
 
 def gaussian_delta(epsilon: float, *, rho: Fraction) -> float:
@@ -206,12 +202,24 @@ def _poisson_epsilon(events: _Events, delta: Fraction) -> float:
     for event in _dp_events(events):
         loss.compose(event)
     epsilon, ceiling = float(loss.get_epsilon(float(delta))), _renyi_epsilon(events, delta)
-    if not math.isfinite(epsilon) or epsilon > ceiling + _GATE_SLACK:
-        raise PlanRefused(
-            f"accountants disagree: privacy loss distribution gives {epsilon:.4f}, Rényi bound is {ceiling:.4f}; "
-            "the job is refused until they agree"
-        )
+    _require_between(epsilon, ceiling, events, float(delta))
     return epsilon
+
+
+def _require_between(epsilon: float, ceiling: float, events: _Events, delta: float) -> None:
+    """Return if no closed form contradicts what dp-accounting's two accountants say."""
+    plain = tuple((float(rate), float(noise), steps) for rate, noise, steps in events)
+    floor = least_epsilon(plain, delta=delta)
+    by_hand = renyi_epsilon(plain, orders=_RENYI_ORDERS, delta=delta)
+    within = floor - _GATE_SLACK <= epsilon <= ceiling + _GATE_SLACK
+    # Both are the same finite sums; what differs is rounding.
+    same = math.isclose(ceiling, by_hand, rel_tol=_GATE_SLACK, abs_tol=_GATE_SLACK)
+    if not math.isfinite(epsilon) or not within or not same:
+        raise PlanRefused(
+            f"accountants disagree: privacy loss distribution gives {epsilon:.4f}; it must be at least {floor:.4f}, "
+            f"which an attack reaches, and at most the Rényi bound, {ceiling:.4f} by dp-accounting and {by_hand:.4f} "
+            "by hand; the job is refused until they agree"
+        )
 
 
 @cache

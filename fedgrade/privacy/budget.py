@@ -4,11 +4,9 @@ The same fold serves the partner's node before a release and the compliance lapt
 disagree. Budgets last for the life of the data: across rounds, runs, models and restarts.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from types import MappingProxyType
 
 from fedgrade.errors import BudgetExceeded, PlanRefused
 from fedgrade.privacy.accounting import poisson_epsilon, printed, zcdp_epsilon, zcdp_rho
@@ -24,15 +22,32 @@ from fedgrade.trust.records import (
 
 _HIGHEST_CEILING = Fraction(1000)
 
-StepCounts = Mapping[tuple[Fraction, Fraction], int]
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonJob:
+    """Poisson steps paid for together when the first of them was charged; ``charged_steps`` of them had to be done.
+
+    A job's plan is one, and so is every release beyond the plan: a round asked anew.
+    """
+
+    job: str
+    sampling_rate: Fraction
+    noise_multiplier: Fraction
+    planned_steps: int
+    charged_steps: int
+
+    def plans(self, mechanism: PoissonGaussian, *, job: str) -> bool:
+        """Whether this was paid for ``job`` by a release that named the same plan as ``mechanism``."""
+        mine = (self.job, self.sampling_rate, self.noise_multiplier, self.planned_steps)
+        return mine == (job, mechanism.sampling_rate, mechanism.noise_multiplier, mechanism.planned_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """Everything one account has been charged: exact rho, and Poisson steps per job in the order jobs first came."""
+    """Everything one account has been charged: exact rho, and Poisson jobs in the order they began."""
 
     rho: Fraction = Fraction(0)
-    poisson: Mapping[str, StepCounts] = field(default_factory=lambda: MappingProxyType({}))
+    poisson: tuple[PoissonJob, ...] = ()
 
     def charged(self, mechanism: Mechanism, *, job: str) -> "Spending":
         """This spending after one more release."""
@@ -40,19 +55,20 @@ class Spending:
             case DiscreteGaussian():
                 return replace(self, rho=self.rho + mechanism.rho)
             case PoissonGaussian():
-                key = (mechanism.sampling_rate, mechanism.noise_multiplier)
-                steps = dict(self.poisson.get(job, {}))
-                steps[key] = steps.get(key, 0) + mechanism.steps
-                return replace(self, poisson=MappingProxyType({**self.poisson, job: MappingProxyType(steps)}))
+                return replace(self, poisson=_paid(self.poisson, mechanism, job=job))
 
     def epsilon(self, *, delta: Fraction, composition: Composition) -> float:
         """The epsilon at ``delta`` of everything charged so far, never below the truth.
 
         Under ``zcdp`` all of ``delta`` converts rho. Under ``mixed`` half does, and the k-th Poisson job (k = 1, 2, …)
-        has delta / 2^(k+1): the shares are fixed before anything is spent and sum to less than ``delta``, so that the
-        basic composition filter of Rogers et al. (2016), https://arxiv.org/abs/1605.08294, covers jobs chosen in view
-        of earlier results, while rho adds up fully adaptively (Whitehouse et al. 2023,
-        https://arxiv.org/abs/2203.05481).
+        has delta / 2^(k+1); these shares sum to less than ``delta``. A job's epsilon and share are fixed when it begins
+        and cover all its planned steps, so that it does not matter whether it is abandoned in view of its results,
+        nor what is asked in between: the filter of Rogers et al. (2016), https://arxiv.org/abs/1605.08294, over
+        interactive mechanisms side by side (Haney et al. 2023, https://arxiv.org/abs/2309.05901). Rho adds up fully
+        adaptively (Whitehouse et al. 2023, https://arxiv.org/abs/2203.05481) against a bound fixed in advance, the
+        ceiling. Not proved: that this number itself, rather than the ceiling, holds at ``delta`` for rho that was
+        spent until a moment chosen in view of results; nor the ceiling of a ``mixed`` account whose division between
+        rho and Poisson jobs was chosen so.
 
         Raises:
             PlanRefused: a Poisson job is charged to a ``zcdp`` account, or shares of delta have become too small.
@@ -62,7 +78,8 @@ class Spending:
                 raise PlanRefused("a zcdp account holds a Poisson job; such jobs need an account opened as mixed")
             return zcdp_epsilon(self.rho, delta=delta)
         total = zcdp_epsilon(self.rho, delta=delta / 2)
-        for position, steps in enumerate(self.poisson.values(), start=1):
+        for position, paid in enumerate(self.poisson, start=1):
+            steps = {(paid.sampling_rate, paid.noise_multiplier): paid.planned_steps}
             total += poisson_epsilon(steps, delta=delta / 2 ** (position + 1))
         return total
 
@@ -107,6 +124,27 @@ def require_within(spending: Spending, *, ceiling: Ceiling, account: AccountKey)
             f"{printed(after)}, the partner's ceiling is {float(ceiling.epsilon):.2f}; lower privacy.target_epsilon, "
             "or wait for a new ingestion cohort"
         )
+
+
+def _paid(jobs: tuple[PoissonJob, ...], mechanism: PoissonGaussian, *, job: str) -> tuple[PoissonJob, ...]:
+    """``jobs`` after one more release of ``job``: within what was paid for, or paid for now."""
+    begun = False
+    for position, paid in enumerate(jobs):
+        if paid.plans(mechanism, job=job):
+            begun = True
+            charged = paid.charged_steps + mechanism.steps
+            if charged <= paid.planned_steps:
+                return (*jobs[:position], replace(paid, charged_steps=charged), *jobs[position + 1 :])
+    return (
+        *jobs,
+        PoissonJob(
+            job=job,
+            sampling_rate=mechanism.sampling_rate,
+            noise_multiplier=mechanism.noise_multiplier,
+            planned_steps=mechanism.steps if begun else mechanism.planned_steps,
+            charged_steps=mechanism.steps,
+        ),
+    )
 
 
 @lru_cache(maxsize=1024)

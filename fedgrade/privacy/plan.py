@@ -131,6 +131,11 @@ class PrivacyPlan:
                 f"plan: rounds {self.rounds} must be in 1..{_MAX_ROUNDS} and max_grad_norm {self.max_grad_norm} in "
                 f"[{MIN_GRAD_NORM:g}, {MAX_GRAD_NORM:g}]"
             )
+        if isinstance(self.train, PoissonGaussian) and self.train.planned_steps != self.train.steps * self.rounds:
+            raise PlanRefused(
+                f"plan: planned_steps {self.train.planned_steps} are not {self.train.steps} in each of {self.rounds} "
+                "rounds"
+            )
 
     def mechanism(self, purpose: Purpose) -> Mechanism:
         """What one release for ``purpose`` costs."""
@@ -142,7 +147,10 @@ class PrivacyPlan:
         return "mixed" if self.mode == "local_sgd" else "zcdp"
 
     def charge_training(self, spending: Spending, *, job: str) -> Spending:
-        """``spending`` of a training account after the whole job, if every round runs once."""
+        """``spending`` of a training account after the whole job, if every round runs once.
+
+        Poisson steps are paid for with the first round, and cost no less if later ones never run.
+        """
         spending = spending.charged(self.centre, job=job)
         for _ in range(self.rounds):
             spending = spending.charged(self.train, job=job)
@@ -253,9 +261,10 @@ def _sgd_plan(spec: LocalSgdSpec) -> PrivacyPlan:
     delta, target, rate = exact(spec.delta), exact(spec.target_epsilon), exact(spec.sampling_rate)
     centre_epsilon = target * exact(spec.centre_share)
     centre = _gaussian(zcdp_rho(centre_epsilon, delta=delta / 2), bits=GRID_BITS)
+    planned = spec.local_steps * spec.rounds
     noise = poisson_noise_multiplier(
         sampling_rate=rate,
-        steps=spec.local_steps * spec.rounds,
+        steps=planned,
         epsilon=target - centre_epsilon,
         delta=delta / _SGD_DELTA_SHARE,
     )
@@ -266,7 +275,9 @@ def _sgd_plan(spec: LocalSgdSpec) -> PrivacyPlan:
         rounds=spec.rounds,
         max_grad_norm=spec.max_grad_norm,
         centre=centre,
-        train=PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=spec.local_steps),
+        train=PoissonGaussian(
+            sampling_rate=rate, noise_multiplier=noise, steps=spec.local_steps, planned_steps=planned
+        ),
         evaluate=_gaussian(zcdp_rho(exact(spec.evaluation_epsilon), delta=delta / 2), bits=COUNT_GRID_BITS),
     )
 

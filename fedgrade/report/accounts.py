@@ -151,7 +151,7 @@ def _account_row(site: str, key: AccountKey, account: AccountProof) -> AccountRo
 
 
 def _cost(spending: Spending) -> str:
-    steps = sum(sum(counts.values()) for counts in spending.poisson.values())
+    steps = sum(paid.planned_steps for paid in spending.poisson)
     exact = rho_text(spending.rho)
     return f"{exact}, {steps:,} DP-SGD steps" if steps else exact
 

@@ -56,12 +56,15 @@ class PoissonGaussian:
     """``steps`` Gaussian steps, each on a Poisson sample at ``sampling_rate`` with ``noise_multiplier`` (DP-SGD).
 
     Abadi et al. (2016), https://arxiv.org/abs/1607.00133. The noise is floating-point, and reports say so.
+    ``planned_steps`` are those of the whole job, all of which are paid for with its first release: what is left of a
+    job that was stopped in view of its results is not given back.
     """
 
     kind: Literal["poisson_gaussian"] = "poisson_gaussian"
     sampling_rate: Fraction
     noise_multiplier: Fraction
     steps: int
+    planned_steps: int
 
     def __post_init__(self) -> None:
         if not 0 < self.sampling_rate <= 1:
@@ -69,6 +72,10 @@ class PoissonGaussian:
         if self.noise_multiplier <= 0 or self.steps < 1:
             raise DocumentRefused(
                 f"mechanism: noise_multiplier {self.noise_multiplier} and steps {self.steps} must be positive"
+            )
+        if self.planned_steps < self.steps:
+            raise DocumentRefused(
+                f"mechanism: planned_steps {self.planned_steps} must be at least the {self.steps} steps of one release"
             )
 
 

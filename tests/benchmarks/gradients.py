@@ -32,7 +32,7 @@ ITEMS, REPETITIONS = 1024, 15
 PHOTOS, PHOTO_REPETITIONS = 16, 5
 CLIP = 1.0
 RECIPE = SgdRecipe(
-    mechanism=PoissonGaussian(sampling_rate=Fraction(1), noise_multiplier=Fraction(1), steps=1),
+    mechanism=PoissonGaussian(sampling_rate=Fraction(1), noise_multiplier=Fraction(1), steps=1, planned_steps=1),
     max_grad_norm=CLIP,
     learning_rate=1e-6,
     declared_items=ITEMS,

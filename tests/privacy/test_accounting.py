@@ -17,14 +17,12 @@ from fedgrade.privacy.accounting import (
     MIN_DELTA,
     gaussian_delta,
     poisson_epsilon,
-    poisson_events,
     poisson_noise_multiplier,
     printed,
     strongest_attack,
     zcdp_epsilon,
     zcdp_rho,
 )
-from fedgrade.trust.records import PoissonGaussian
 
 DELTA = Fraction(1, 10**5)
 
@@ -36,6 +34,7 @@ SCHEDULES = (
     ("0.25", "8", 200),
     ("1", "10", 50),
     ("0.5", "40", 100),
+    ("0.05", "0.6", 100),
 )
 
 rhos = st.fractions(min_value=Fraction(1, 10**9), max_value=900)
@@ -63,6 +62,12 @@ def minimised_in_high_precision(rho, delta):
             left, right = high - ratio * (high - low), low + ratio * (high - low)
             low, high = (low, right) if bound(left) < bound(right) else (left, high)
         return max(mpmath.mpf(0), bound(low))
+
+
+@pytest.fixture(scope="module")
+def epsilons():
+    """What the accountant says of each schedule, computed once and honestly."""
+    return {schedule: poisson(*schedule) for schedule in SCHEDULES}
 
 
 def exact_gaussian_epsilon(rho, delta):
@@ -241,8 +246,38 @@ def test_steps_of_several_kinds_add_up_in_any_order():
     assert together > max(poisson_epsilon(dict([kind]), delta=DELTA) for kind in kinds)
 
 
-def test_accountants_that_disagree_are_not_believed(monkeypatch):
-    monkeypatch.setattr(accounting, "_renyi_epsilon", lambda _events, _delta: 0.01)
+@pytest.fixture
+def forget():
+    """Nothing computed by a mutant may be remembered elsewhere."""
+    accounting._poisson_epsilon.cache_clear()
+    yield
+    accounting._poisson_epsilon.cache_clear()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.5, math.inf, math.nan])
+@pytest.mark.usefixtures("forget")
+def test_a_loss_distribution_that_is_off_is_not_believed(monkeypatch, epsilons, schedule, factor):
+    class Mutant:
+        def __init__(self, *_, **__):
+            pass
+
+        def compose(self, event):
+            pass
+
+        def get_epsilon(self, _):
+            return epsilons[schedule] * factor
+
+    monkeypatch.setattr(accounting, "PLDAccountant", Mutant)
+    with pytest.raises(PlanRefused, match=r"accountants disagree: .* refused until they agree"):
+        poisson(*schedule)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.99, 1.01, 2.0])
+@pytest.mark.usefixtures("forget")
+def test_a_renyi_bound_that_is_off_is_not_believed(monkeypatch, factor):
+    truly = accounting._renyi_epsilon
+    monkeypatch.setattr(accounting, "_renyi_epsilon", lambda events, delta: factor * truly(events, delta))
     with pytest.raises(PlanRefused, match=r"accountants disagree: .* refused until they agree"):
         poisson(Fraction(3, 10), Fraction(29, 10), 3)
 
@@ -256,11 +291,6 @@ def test_the_least_noise_is_enough_and_a_step_less_is_not(rate, steps, epsilon):
 def test_an_epsilon_that_no_noise_reaches_is_refused():
     with pytest.raises(PlanRefused, match="needs noise beyond any use"):
         poisson_noise_multiplier(sampling_rate=Fraction(1), steps=10_000, epsilon=Fraction(1, 10**4), delta=MIN_DELTA)
-
-
-def test_a_mechanism_is_its_events():
-    mechanism = PoissonGaussian(sampling_rate=Fraction(1, 20), noise_multiplier=Fraction(3, 2), steps=7)
-    assert poisson_events(mechanism) == {(Fraction(1, 20), Fraction(3, 2)): 7}
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------

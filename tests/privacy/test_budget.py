@@ -5,16 +5,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from fedgrade.errors import BudgetExceeded, DocumentRefused, PlanRefused
-from fedgrade.privacy.accounting import poisson_epsilon, zcdp_epsilon, zcdp_rho
+from fedgrade.privacy.accounting import gaussian_delta, poisson_epsilon, zcdp_epsilon, zcdp_rho
 from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_within
 from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import AccountKey, DiscreteGaussian, PoissonGaussian, Reserve
 
 DELTA = Fraction(1, 10**5)
 ACCOUNT = AccountKey(partner=SiteId("site-1"), lineage="panels", cohort="2026-06", partition="train")
-SGD = PoissonGaussian(sampling_rate=Fraction(1, 2), noise_multiplier=Fraction(20), steps=3)
+SGD = PoissonGaussian(sampling_rate=Fraction(1, 2), noise_multiplier=Fraction(20), steps=3, planned_steps=9)
 
 gaussians = st.builds(DiscreteGaussian, sensitivity=st.integers(1, 2**20), scale=st.integers(2**18, 2**30))
 accounts = st.builds(
@@ -140,22 +142,95 @@ def test_charging_leaves_the_spending_before_it_as_it_was():
     before = spent(SGD)
     after = before.charged(SGD, job="a").charged(SGD, job="b")
     assert before == spent(SGD)
-    assert after.poisson["a"] == {(SGD.sampling_rate, SGD.noise_multiplier): 6}
-    assert list(after.poisson) == ["a", "b"]
-    with pytest.raises(TypeError):
-        after.poisson["a"][SGD.sampling_rate, SGD.noise_multiplier] = 0
+    assert [(paid.job, paid.planned_steps, paid.charged_steps) for paid in after.poisson] == [("a", 9, 6), ("b", 9, 3)]
 
 
-def test_rounds_of_one_job_compose_before_they_cost():
-    spending = spent(SGD, SGD, SGD)
-    rounds = {(SGD.sampling_rate, SGD.noise_multiplier): 9}
-    assert spending.epsilon(delta=DELTA, composition="mixed") == poisson_epsilon(rounds, delta=DELTA / 4)
+def test_a_poisson_job_is_paid_for_whole_with_its_first_round():
+    whole = poisson_epsilon({(SGD.sampling_rate, SGD.noise_multiplier): 9}, delta=DELTA / 4)
+    for rounds in (1, 2, 3):
+        assert spent(*[SGD] * rounds).epsilon(delta=DELTA, composition="mixed") == whole
+
+
+def test_a_round_beyond_the_plan_is_a_job_of_its_own_with_the_next_share_of_delta():
+    spending = spent(SGD, SGD, SGD, SGD, SGD)
+    assert [(paid.planned_steps, paid.charged_steps) for paid in spending.poisson] == [(9, 9), (3, 3), (3, 3)]
+    rates = (SGD.sampling_rate, SGD.noise_multiplier)
+    parts = [poisson_epsilon({rates: steps}, delta=DELTA / share) for steps, share in ((9, 4), (3, 8), (3, 16))]
+    assert spending.epsilon(delta=DELTA, composition="mixed") == pytest.approx(sum(parts), rel=1e-12)
+
+
+def test_rounds_of_jobs_side_by_side_fill_each_jobs_own_plan():
+    spending = spent(SGD).charged(SGD, job="b").charged(SGD, job="a").charged(SGD, job="b")
+    assert [(paid.job, paid.charged_steps) for paid in spending.poisson] == [("a", 6), ("b", 6)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SGD, noise_multiplier=Fraction(19)),
+        replace(SGD, sampling_rate=Fraction(1, 3)),
+        replace(SGD, planned_steps=6),
+    ],
+)
+def test_no_other_mechanism_draws_on_what_a_plan_paid_for(other):
+    spending = spent(SGD, other)
+    assert [paid.charged_steps for paid in spending.poisson] == [3, 3]
+    assert spending.poisson[1].planned_steps == other.planned_steps
+
+
+@given(st.lists(st.sampled_from("ab"), min_size=1, max_size=6), st.sampled_from("abc"))
+def test_a_further_poisson_round_never_costs_less_and_its_job_never_costs_more_than_was_fixed(jobs, further):
+    spending = Spending()
+    for job in jobs:
+        spending = spending.charged(SGD, job=job)
+    after = spending.charged(SGD, job=further)
+    fixed = [(paid.job, paid.sampling_rate, paid.noise_multiplier, paid.planned_steps) for paid in after.poisson]
+    assert fixed[: len(spending.poisson)] == [
+        (paid.job, paid.sampling_rate, paid.noise_multiplier, paid.planned_steps) for paid in spending.poisson
+    ]
+    assert sum(paid.charged_steps for paid in after.poisson) == 3 * (len(jobs) + 1)
+    low, high = (one.epsilon(delta=DELTA, composition="mixed") for one in (spending, after))
+    assert low <= high
+
+
+def delta_of_the_best_moment_to_stop(epsilons, noise):
+    """The exact delta of a coordinator who abandons a job after the round n that suits it, at the n-th of ``epsilons``.
+
+    Second method: one step on everyone adds N(1/2 noise², 1/noise²) to the privacy loss; whether to go on is decided
+    backwards from the last round, by which of the two keeps the greater excess over what was charged.
+    """
+    shift = 1 / noise
+    losses = np.linspace(-5.0, 7.0, 2401)
+    width = losses[1] - losses[0]
+    moves = np.arange(-int(8 * shift / width), int(8 * shift / width) + 1) * width
+    masses = norm.pdf(moves, loc=shift**2 / 2, scale=shift)
+    masses /= masses.sum()
+    pad = len(moves) // 2
+    value = np.zeros_like(losses)
+    for epsilon in reversed(epsilons):
+        value = np.maximum(value, np.maximum(0.0, 1 - np.exp(epsilon - losses)))
+        value = np.convolve(np.pad(value, pad, mode="edge"), masses[::-1], "valid")
+    return float(np.interp(0.0, losses, value))
+
+
+def test_abandoning_a_job_at_the_moment_that_suits_the_coordinator_gains_nothing():
+    noise, rounds, share = 18, 60, float(DELTA / 4)
+    step = PoissonGaussian(sampling_rate=Fraction(1), noise_multiplier=Fraction(noise), steps=1, planned_steps=rounds)
+    spending, charged, as_they_ran = Spending(), [], []
+    for number in range(1, rounds + 1):
+        spending = spending.charged(step, job="a")
+        charged.append(spending.epsilon(delta=DELTA, composition="mixed"))
+        rho = Fraction(number, 2 * noise**2)
+        as_they_ran.append(brentq(lambda epsilon, rho=rho: gaussian_delta(epsilon, rho=rho) - share, 0.0, 50.0))
+    assert delta_of_the_best_moment_to_stop(charged, noise) <= share * 1.01
+    # Not idle: had only the rounds that ran been charged, the same coordinator would break its delta tenfold.
+    assert delta_of_the_best_moment_to_stop(as_they_ran, noise) > 8 * share
 
 
 def test_jobs_of_a_mixed_account_add_up_at_deltas_that_together_stay_below_the_accounts():
     integer = DiscreteGaussian(sensitivity=1, scale=10)
     spending = spent(integer, SGD).charged(SGD, job="b")
-    steps = {(SGD.sampling_rate, SGD.noise_multiplier): 3}
+    steps = {(SGD.sampling_rate, SGD.noise_multiplier): 9}
     parts = (
         zcdp_epsilon(integer.rho, delta=DELTA / 2),
         poisson_epsilon(steps, delta=DELTA / 4),

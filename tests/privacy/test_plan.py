@@ -234,7 +234,7 @@ def test_any_wish_is_a_plan_that_keeps_it_or_one_refusal(target, delta, rounds, 
 
 def test_a_plan_that_does_not_hang_together_is_refused():
     plan = calibrate(LOCAL, participants=2)
-    poisson = PoissonGaussian(sampling_rate=Fraction(1, 2), noise_multiplier=Fraction(1), steps=1)
+    poisson = PoissonGaussian(sampling_rate=Fraction(1, 2), noise_multiplier=Fraction(1), steps=1, planned_steps=1)
     coarse = DiscreteGaussian(sensitivity=2**19, scale=1)
     for fault, fields in {
         "does not go with": {"mode": "local_sgd"},
@@ -248,6 +248,16 @@ def test_a_plan_that_does_not_hang_together_is_refused():
     }.items():
         with pytest.raises(PlanRefused, match=fault):
             replace(plan, **fields)
+
+
+def test_a_plan_of_local_steps_pays_for_all_of_them_at_once():
+    plan = calibrate(SGD, participants=2)
+    assert plan.train.planned_steps == SGD.local_steps * SGD.rounds
+    first = Spending().charged(plan.centre, job="x").charged(plan.train, job="x")
+    assert first.epsilon(delta=plan.delta, composition=plan.composition) == training_epsilon(plan)
+    for planned in (plan.train.planned_steps + 1, plan.train.planned_steps - 1):
+        with pytest.raises(PlanRefused, match=f"planned_steps {planned} are not 5 in each of 4 rounds"):
+            replace(plan, train=replace(plan.train, planned_steps=planned))
 
 
 def test_grids_are_where_the_plan_says():

@@ -67,7 +67,12 @@ EVERY_KIND = (
     PlanAccepted(job="a" * 64, job_envelope="{}", mode="local", participants=5, accounts=(ACCOUNT,), software=SOFTWARE),
     reserve(),
     Commit(reserve=3, job="a" * 64, round_index=0, attempt=0, purpose="train", message_digest="d" * 64),
-    reserve(1, PoissonGaussian(sampling_rate=Fraction(1, 20), noise_multiplier=Fraction(1433, 512), steps=10)),
+    reserve(
+        1,
+        PoissonGaussian(
+            sampling_rate=Fraction(1, 20), noise_multiplier=Fraction(1433, 512), steps=10, planned_steps=40
+        ),
+    ),
     Abort(reserve=5, reason="ModelRefused"),
     RoundClosed(
         job="a" * 64,

@@ -15,9 +15,14 @@ def test_the_cost_of_integer_noise_is_exact(sensitivity, scale):
     assert rho * 2 * scale * scale == sensitivity * sensitivity
 
 
-@given(st.fractions(min_value="1/1000000", max_value=1), st.fractions(min_value="1/1000000"), st.integers(1))
-def test_a_poisson_mechanism_survives_the_wire_exactly(rate, noise, steps):
-    mechanism = PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+@given(
+    st.fractions(min_value="1/1000000", max_value=1),
+    st.fractions(min_value="1/1000000"),
+    st.integers(1),
+    st.integers(0),
+)
+def test_a_poisson_mechanism_survives_the_wire_exactly(rate, noise, steps, more):
+    mechanism = PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps, planned_steps=steps + more)
     assert decode(PoissonGaussian, encode(mechanism)) == mechanism
 
 
@@ -28,13 +33,21 @@ def test_noise_zero_is_no_mechanism(sensitivity, scale):
 
 
 @pytest.mark.parametrize(
-    ("rate", "noise", "steps"),
-    [("0", "1", 1), ("3/2", "1", 1), ("-1", "1", 1), ("1", "0", 1), ("1", "-1", 1), ("1", "1", 0)],
-)
-def test_an_impossible_poisson_mechanism_is_refused_even_on_the_wire(rate, noise, steps):
+    ("rate", "noise", "steps", "planned"),
+    [
+        ("0", "1", 1, 1), ("3/2", "1", 1, 1), ("-1", "1", 1, 1), ("1", "0", 1, 1), ("1", "-1", 1, 1), ("1", "1", 0, 1),
+        ("1", "1", 2, 1), ("1", "1", 1, 0), ("1", "1", 1, -1),
+    ],
+)  # fmt: skip
+def test_an_impossible_poisson_mechanism_is_refused_even_on_the_wire(rate, noise, steps, planned):
     with pytest.raises(DocumentRefused, match="mechanism"):
-        PoissonGaussian(sampling_rate=Fraction(rate), noise_multiplier=Fraction(noise), steps=steps)
-    raw = f'{{"kind":"poisson_gaussian","sampling_rate":"{rate}","noise_multiplier":"{noise}","steps":{steps}}}'
+        PoissonGaussian(
+            sampling_rate=Fraction(rate), noise_multiplier=Fraction(noise), steps=steps, planned_steps=planned
+        )
+    raw = (
+        f'{{"kind":"poisson_gaussian","sampling_rate":"{rate}","noise_multiplier":"{noise}","steps":{steps},'
+        f'"planned_steps":{planned}}}'
+    )
     with pytest.raises(DocumentRefused, match="mechanism"):
         decode(PoissonGaussian, raw.encode())
 

@@ -186,7 +186,7 @@ def _batch(inputs):
 
 
 def _recipe(*, rate, steps, noise=Fraction(1, 10**6), items=1):
-    mechanism = PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    mechanism = PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps, planned_steps=steps)
     return SgdRecipe(mechanism=mechanism, max_grad_norm=CLIP, learning_rate=LEARNING_RATE, declared_items=items)
 
 
