@@ -73,7 +73,9 @@ def fresh(spec):
 
 
 def recipe(*, rate=1.0, deviation=1e-12, steps=1, learning_rate=1.0, declared_items=1, clip=CLIP):
-    mechanism = PoissonGaussian(sampling_rate=exact(rate), noise_multiplier=exact(deviation), steps=steps)
+    mechanism = PoissonGaussian(
+        sampling_rate=exact(rate), noise_multiplier=exact(deviation), steps=steps, planned_steps=steps
+    )
     return SgdRecipe(
         mechanism=mechanism, max_grad_norm=clip, learning_rate=learning_rate, declared_items=declared_items
     )

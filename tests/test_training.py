@@ -213,7 +213,9 @@ def test_arrays_that_are_not_of_the_same_items_are_refused(wrong):
 
 
 def recipe(*, rate=1.0, noise=1.0, steps=3, learning_rate=0.5, max_grad_norm=0.3, declared_items=20):
-    mechanism = PoissonGaussian(sampling_rate=exact(rate), noise_multiplier=exact(noise), steps=steps)
+    mechanism = PoissonGaussian(
+        sampling_rate=exact(rate), noise_multiplier=exact(noise), steps=steps, planned_steps=steps
+    )
     return SgdRecipe(
         mechanism=mechanism, max_grad_norm=max_grad_norm, learning_rate=learning_rate, declared_items=declared_items
     )

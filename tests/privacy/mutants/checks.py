@@ -200,7 +200,7 @@ def _batch(inputs):
 
 
 def _recipe(*, rate, steps, noise=Fraction(1, 10**6), items=1):
-    mechanism = PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    mechanism = PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps, planned_steps=steps)
     return SgdRecipe(mechanism=mechanism, max_grad_norm=CLIP, learning_rate=LEARNING_RATE, declared_items=items)
 
 
@@ -262,8 +262,9 @@ def photos_are_read_after_the_charge_is_on_disk(place):
     with federation.site(photos=photos) as site:
         site.answer(federation.admission(job))
         photos.charges.clear()
-        site.answer(federation.question(job, ask("train")))
-    assert photos.charges == [1]
+        told = _told(federation, site, federation.question(job, ask("train")))
+    assert isinstance(told, Contribution), "the site does not work at all"
+    assert photos.charges == [1], f"photos were read when the ledger had {photos.charges} charges"
 
 
 def a_share_of_noise_leaves_only_under_a_secure_sum(place):

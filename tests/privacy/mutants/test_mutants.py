@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from fedgrade.errors import ModelRefused
 from fedgrade.federation import releases, site
 from fedgrade.federation.charging import Charging
+from fedgrade.federation.messages import Contribution
 from fedgrade.federation.outbox import Outbox
 from fedgrade.items import ItemBatch
 from fedgrade.model.head import head_inputs
@@ -22,7 +24,7 @@ from fedgrade.privacy import grid
 from fedgrade.privacy.budget import Spending
 from fedgrade.privacy.noise import discrete_gaussian, floating_gaussian
 from fedgrade.trust.records import DiscreteGaussian
-from tests.federation.small_federation import calibrate_once, quick_noise
+from tests.federation.small_federation import NAMES, SmallFederation, ask, calibrate_once, quick_noise, told
 from tests.privacy.mutants import checks
 
 PARTNERS = 3
@@ -51,6 +53,11 @@ _WHOLE_PATH = frozenset(CHECKS[-5:])
 @pytest.fixture(autouse=True)
 def _solved_once(monkeypatch):
     monkeypatch.setattr("fedgrade.job.calibrate", calibrate_once)
+
+
+@pytest.fixture
+def quick_site(monkeypatch):
+    monkeypatch.setattr(releases, "discrete_gaussian", quick_noise)
 
 
 def run(check, tmp_path, monkeypatch):
@@ -212,17 +219,21 @@ def resend_forgotten(patch):
 
 
 def reserve_after_compute(patch):
-    reserve, commit = Charging.reserve, Charging.commit
+    reserve, commit, abort = Charging.reserve, Charging.commit, Charging.abort
 
     def postponed(charging, ask, **terms):
-        del charging, ask
-        return terms
+        del charging
+        return SimpleNamespace(accounts=terms["accounts"], charge=lambda late: reserve(late, ask, **terms))
 
-    def both(charging, ask, *, reserved, message_digest):
-        return commit(charging, ask, reserved=reserve(charging, ask, **reserved), message_digest=message_digest)
+    def charged_then_committed(charging, ask, *, reserved, message_digest):
+        return commit(charging, ask, reserved=reserved.charge(charging), message_digest=message_digest)
+
+    def charged_then_aborted(charging, *, reserved, reason):
+        abort(charging, reserved=reserved.charge(charging), reason=reason)
 
     patch.setattr(Charging, "reserve", postponed)
-    patch.setattr(Charging, "commit", both)
+    patch.setattr(Charging, "commit", charged_then_committed)
+    patch.setattr(Charging, "abort", charged_then_aborted)
 
 
 def reasons_told_to_the_coordinator(patch):
@@ -273,6 +284,21 @@ def test_the_mutant_is_caught(mutant, check, tmp_path, monkeypatch):
         mutant(patch)
         with pytest.raises(AssertionError):
             check(tmp_path / "federation")
+
+
+@pytest.mark.usefixtures("quick_site")
+def test_a_site_that_charges_late_works_and_is_caught_because_photos_were_read_before_the_charge(tmp_path, monkeypatch):
+    """A mutant that crashed would fail the check as well, and prove nothing."""
+    reserve_after_compute(monkeypatch)
+    federation = SmallFederation.create(tmp_path / "working")
+    job = federation.job()
+    with federation.site() as late:
+        late.answer(federation.admission(job))
+        assert isinstance(told(federation, late, federation.question(job, ask("train"))), Contribution)
+    (charge,) = federation.charges(NAMES[0])
+    assert charge.purpose == "train"
+    with pytest.raises(AssertionError, match=r"read when the ledger had \[0\] charges"):
+        checks.photos_are_read_after_the_charge_is_on_disk(tmp_path / "federation")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
