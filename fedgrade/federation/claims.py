@@ -2,13 +2,15 @@
 
 The coordinator's ledger says where each site's stood after every receipt; a site's says, under the coordinator's own
 signature, where the coordinator's stood when it was shown a job. Beside it lies the newest head of each site's ledger.
+And a site that was asked for one stage of a job proves that the stages before it were closed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedgrade.errors import LedgerBroken
+from fedgrade.federation.rounds import Stage, stages_of
 from fedgrade.federation.site_proof import SiteProof
 from fedgrade.federation.witness import head_file, read_head
 from fedgrade.trust.identity import Roster, SiteId
@@ -84,6 +86,35 @@ def require_coordinator_holds(path: Path, tree: MerkleTree, sites: Mapping[SiteI
     for claim in claims:
         _require(claim, of=f"ledger {path}", entries=tree.entries, roots=roots)
     return len(claims)
+
+
+def require_stages_closed(sites: Mapping[SiteId, SiteProof], rounds: Mapping[str, Sequence[RoundClosed]]) -> None:
+    """Return if the coordinator closed every stage of a job that came before one that some site charged for.
+
+    A stage is asked for only once the stage before it stands in the coordinator's ledger, with or without this site.
+    So a job may be ahead of ``rounds`` by its open stage alone, with any number of attempts: a crash leaves that, and
+    so does a run that was given up for good, be it in its first stage. A job that was admitted and never charged, or
+    admitted by a site that stayed silent, says nothing.
+
+    Args:
+        sites: what the sites' ledgers prove; those that are not here say nothing.
+        rounds: what the coordinator's ledger closed of each job: the job's own stages, from the first on.
+
+    Raises:
+        LedgerBroken: names the site, the entry and the job.
+    """
+    places: dict[str, dict[Stage, int]] = {}
+    for site, proof in sites.items():
+        for sequence, charge in proof.charges.items():
+            body, closed = charge.reserve, len(rounds.get(charge.reserve.job, ()))
+            if body.job not in places:
+                places[body.job] = {stage: place for place, stage in enumerate(stages_of(proof.jobs[body.job]))}
+            if places[body.job][Stage(purpose=body.purpose, round_index=body.round_index)] > closed:
+                raise LedgerBroken(
+                    f"ledger of {site}: entry {sequence}: charges {body.purpose} round {body.round_index} of job "
+                    f"{body.job[:16]}, which is asked for only after stage {closed + 1} was closed; the coordinator's "
+                    "ledger does not have it: it was rolled back"
+                )
 
 
 def _require(claim: Claim, *, of: str, entries: int, roots: Mapping[int, str]) -> None:

@@ -1,4 +1,7 @@
-"""What one site's ledger proves on its own: every charge recomputed, every ceiling kept, every release paid for."""
+"""What one site's ledger proves on its own: every charge recomputed, every ceiling kept, every release paid for.
+
+Who pays for a release follows from the ledger, and is recomputed too: a cohort that could pay is never spared.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -6,8 +9,9 @@ from pathlib import Path
 
 from fedgrade.errors import FedgradeError, LedgerBroken
 from fedgrade.federation.charging import require_same_terms
+from fedgrade.federation.payers import Payers
 from fedgrade.job import TrainingJob
-from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_within
+from fedgrade.privacy.budget import Spending, charge_all, require_within
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SiteId
@@ -147,11 +151,15 @@ class _Reading:
     jobs: dict[str, TrainingJob] = field(default_factory=dict)
     software: dict[str, Software] = field(default_factory=dict)
     corrections: dict[int, Correction] = field(default_factory=dict)
-    admitted: dict[str, frozenset[AccountKey]] = field(default_factory=dict)
+    admitted: dict[str, tuple[AccountKey, ...]] = field(default_factory=dict)
     charges: dict[int, Charge] = field(default_factory=dict)
     places: set[tuple[str, str, int, int]] = field(default_factory=set)
     committed: set[str] = field(default_factory=set)
     checkpoints: dict[int, TreeHead] = field(default_factory=dict)
+    payers: Payers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.payers = Payers(site=self.site, datasets=self.datasets, spending=self.spending)
 
     def take(self, entry: Entry, *, line_digest: str) -> None:
         body: Body = entry.body
@@ -179,10 +187,10 @@ class _Reading:
     def proof(self, *, head: str, tree: MerkleTree, roots: dict[int, str]) -> SiteProof:
         accounts = {
             account: AccountProof(
-                dataset=self._dataset(account),
+                dataset=self.payers.dataset(account),
                 spending=spending,
                 epsilon=spending.epsilon(
-                    delta=self._dataset(account).delta, composition=self._dataset(account).composition
+                    delta=self.payers.dataset(account).delta, composition=self.payers.dataset(account).composition
                 ),
             )
             for account, spending in self.spending.items()
@@ -217,17 +225,20 @@ class _Reading:
         job = open_sealed(body.job_envelope.encode(), as_=TrainingJob, signed_by=self.roster.coordinator)
         if job.digest != body.job or job.plan.mode != body.mode or self.site not in job.declared_items:
             raise LedgerBroken("the sealed job is not the one that the entry describes")
+        if job.digest in self.jobs:
+            raise LedgerBroken(
+                f"admits job {job.digest[:16]} a second time; who pays for it was settled the first time"
+            )
+        self.payers.require_plan(job, body.accounts)
         self.jobs[job.digest] = job
-        for account in body.accounts:
-            self._dataset(account)
-        self.admitted[job.digest] = frozenset(body.accounts)
+        self.admitted[job.digest] = body.accounts
         self.software[job.digest] = body.software
 
     def _correct(self, sequence: int, body: Correction) -> None:
         """A correction may pass the ceiling: it tells the truth about what is spent already."""
         if body.account.partner != self.site:
             raise LedgerBroken(f"corrects an account of {body.account.partner}")
-        self._dataset(body.account)
+        self.payers.dataset(body.account)
         charge_all(self.spending, body)
         self.corrections[sequence] = body
 
@@ -251,10 +262,13 @@ class _Reading:
             raise LedgerBroken(f"{body.purpose} round {body.round_index} attempt {body.attempt} is charged twice")
         if body.mechanism != job.plan.mechanism(body.purpose):
             raise LedgerBroken("the mechanism is not the one of the job's privacy plan")
+        if not 0 <= body.round_index < (job.plan.rounds if body.purpose == "train" else 1):
+            raise LedgerBroken(f"{body.purpose} round {body.round_index}: the job's plan has no such round")
         if body.accounts[0].partner != self.site or (body.partition == "test") != (body.purpose == "evaluate"):
             raise LedgerBroken(f"{body.purpose} charges the wrong account")
         if strange := [account for account in body.accounts if account not in self.admitted[body.job]]:
             raise LedgerBroken(f"charges cohort {strange[0].cohort}, which was not admitted to the job")
+        self.payers.require_nobody_spared(body, admitted=self.admitted[body.job])
         charge_all(self.spending, body)
         self.places.add(place)
         self.charges[entry.sequence] = Charge(
@@ -269,11 +283,10 @@ class _Reading:
         """How the accounts that ``body`` charged compose, all of them being within the ceiling they were put under."""
         compositions = set()
         for account in body.accounts:
-            dataset = self._dataset(account)
+            dataset = self.payers.dataset(account)
             if (body.epsilon_limit, body.delta) != (dataset.epsilon_limit, dataset.delta):
                 raise LedgerBroken("the ceiling is not the one that the data set was put under")
-            ceiling = Ceiling(epsilon=dataset.epsilon_limit, delta=dataset.delta, composition=dataset.composition)
-            require_within(self.spending[account], ceiling=ceiling, account=account)
+            require_within(self.spending[account], ceiling=self.payers.ceiling(account), account=account)
             compositions.add(dataset.composition)
         if len(compositions) != 1:
             raise LedgerBroken("charges accounts that compose differently")
@@ -287,11 +300,3 @@ class _Reading:
         if place is not None and place != (body.job, body.purpose, body.round_index, body.attempt):
             raise LedgerBroken(f"settles entry {sequence} for another round than it was reserved for")
         self.charges[sequence] = replace(charge, outcome=outcome)
-
-    def _dataset(self, account: AccountKey) -> DatasetOpened:
-        try:
-            return self.datasets[account.lineage, account.cohort]
-        except KeyError as error:
-            raise LedgerBroken(
-                f"names {account.lineage}/{account.cohort}, which was never put under account"
-            ) from error

@@ -20,6 +20,7 @@ from fedgrade.federation.claims import (
     kept_claims,
     require_coordinator_holds,
     require_sites_hold,
+    require_stages_closed,
 )
 from fedgrade.federation.payloads import read_release
 from fedgrade.federation.release import OpenedRelease, open_release
@@ -111,6 +112,7 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
     }
     _require_counterparts(sites, jobs)
     witnessed = require_sites_hold(sites, log.claims) + require_coordinator_holds(ledger, log.tree, sites)
+    require_stages_closed(sites, log.rounds)
     return FederationProof(
         roster=trusted,
         sites=sites,

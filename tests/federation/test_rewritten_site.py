@@ -52,6 +52,22 @@ def on_nobody_s_account(body):
         yield body
 
 
+def on_one_side(body):
+    """Held-out items pay for nothing."""
+    yield replace(body, accounts=body.accounts[:1]) if isinstance(body, PlanAccepted) else body
+
+
+def of_one_account_twice(body):
+    yield replace(body, accounts=(*body.accounts, body.accounts[0])) if isinstance(body, PlanAccepted) else body
+
+
+def of_a_stranger(body):
+    if isinstance(body, PlanAccepted):
+        yield replace(body, accounts=(*body.accounts, replace(body.accounts[0], partner=NAMES[1])))
+    else:
+        yield body
+
+
 def with_other_terms(body):
     yield body
     if isinstance(body, DatasetOpened):
@@ -73,7 +89,12 @@ def with_other_terms(body):
         (edited(Commit, reserve=0), "settles entry 0, which is no open reservation"),
         (edited(Commit, round_index=1), "settles entry 4 for another round"),
         (edited(Reserve, epsilon_limit=Fraction(1000)), "the ceiling is not the one"),
-        (edited(DatasetOpened, epsilon_limit=Fraction(20)), "the ceiling is not the one"),
+        (edited(DatasetOpened, epsilon_limit=Fraction(200)), "the ceiling is not the one"),
+        (edited(Reserve, round_index=1), "centre round 1: the job's plan has no such round"),
+        (twice(PlanAccepted), "a second time; who pays for it was settled the first time"),
+        (on_one_side, "admits a job without an account on each side"),
+        (of_one_account_twice, "admits an account twice"),
+        (of_a_stranger, "is not of this site's one data lineage"),
         (edited(PlanAccepted, job="0" * 64), "not the one that the entry describes"),
         (edited(PlanAccepted, mode="distributed"), "not the one that the entry describes"),
         (with_other_terms, "manifest_commitment differs from what the ledger has on record"),
@@ -87,7 +108,7 @@ def test_a_ledger_that_its_own_site_rewrote_is_found(copy, change, line):
     refused(copy, line)
 
 
-def test_a_budget_overrun_is_found_in_a_ledger_that_its_own_site_wrote(copy):
+def test_a_job_beyond_the_budget_is_found_in_a_ledger_that_its_own_site_wrote(copy):
     def lower(body):
         if isinstance(body, DatasetOpened | Reserve):
             yield replace(body, epsilon_limit=Fraction(30))
@@ -95,7 +116,7 @@ def test_a_budget_overrun_is_found_in_a_ledger_that_its_own_site_wrote(copy):
             yield body
 
     resigned(copy, SITE, lower)
-    refused(copy, f"{copy.ledger(SITE)}: entry 6:", "the partner's ceiling is 30.00")
+    refused(copy, f"{copy.ledger(SITE)}: entry 2:", "the partner's ceiling is 30.00")
 
 
 def test_further_attempts_beyond_the_ceiling_are_found(copy):

@@ -13,6 +13,7 @@ from fedgrade.federation.site_proof import prove_site
 from fedgrade.federation.verification import verify_federation
 from fedgrade.privacy.accounting import zcdp_epsilon
 from fedgrade.trust.identity import Roster, SigningKey
+from fedgrade.trust.records import Reserve
 from tests.federation.small_federation import NAMES, POLICY, SmallFederation, ask, with_privacy
 from tests.federation.spoilt_folder import checked_files, refused
 
@@ -129,6 +130,61 @@ def test_a_run_that_was_interrupted_still_verifies(copy):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
     shutil.rmtree(job / "release")
     assert [len(proof.rounds) for proof in verify_federation(copy.root).jobs.values()] == [2]
+
+
+def forgotten_by_the_coordinator(federation, job, *, entries, stages):
+    """The coordinator puts its ledger back, and removes from its folders all that the ledger no longer knows of."""
+    path, folder = federation.coordinator_ledger, federation.root / "jobs" / job.digest[:16]
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:entries]))
+    for receipt in folder.glob("receipts/*/*.json"):
+        if int(receipt.stem) >= stages:
+            receipt.unlink()
+    for gone in (folder / "release", folder / "evaluation", federation.root / "coordinator" / "witnessed"):
+        shutil.rmtree(gone)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("partial", [False, True], ids=["all ledgers", "one is missing"])
+def test_a_job_that_coordinator_and_a_site_forgot_together_stands_in_an_honest_site_s_ledger(copy, partial):
+    culprit, honest, other = NAMES
+    entries, closed = len(copy.entries(culprit)), len(copy.coordinator_ledger.read_bytes().splitlines())
+    hidden = copy.job(with_privacy(rounds=1), nonce="hidden")
+    copy.run_in_process(hidden)
+    verify_federation(copy.root)
+    forgotten_by_the_coordinator(copy, hidden, entries=closed, stages=0)
+    path = copy.ledger(culprit)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:entries]))
+    if partial:
+        shutil.rmtree(copy.folder(other))
+    train = next(
+        entry.sequence
+        for entry in copy.entries(honest)
+        if isinstance(entry.body, Reserve) and (entry.body.job, entry.body.purpose) == (hidden.digest, "train")
+    )
+    refused(copy, f"ledger of {honest}: entry {train}:", hidden.digest[:16], "does not have it: it was rolled back")
+
+
+@pytest.mark.parametrize("stages", [0, 1])
+def test_stages_that_the_coordinator_forgot_stand_in_the_ledgers_of_the_sites(copy, job, stages):
+    forgotten_by_the_coordinator(copy, job, entries=1 + stages, stages=stages)
+    refused(copy, f"ledger of {SITE}: entry", job.digest[:16], f"stage {stages + 1} was closed", "rolled back")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_a_run_that_was_given_up_in_its_first_stage_still_verifies(copy, attempts):
+    """A coordinator that never came back left no entry of its own; the sites paid for what they sent."""
+    given_up = copy.job(with_privacy(rounds=1), nonce="given up")
+    with copy.site() as site:
+        site.answer(copy.admission(given_up))
+        for attempt in range(attempts):
+            site.answer(copy.question(given_up, ask("centre", 0, attempt)))
+    with copy.site(NAMES[1]) as silent:
+        silent.answer(copy.admission(given_up, name=NAMES[1]))  # admitted, never charged
+    copy.run_in_process(copy.job(with_privacy(rounds=1), nonce="next"))
+    proof = verify_federation(copy.root)
+    assert sum(charge.reserve.job == given_up.digest for charge in proof.sites[SITE].charges.values()) == attempts
+    assert given_up.digest not in proof.jobs
 
 
 def test_a_folder_that_is_no_federation_is_refused(tmp_path, copy):
