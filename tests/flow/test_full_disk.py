@@ -7,6 +7,7 @@ from fedgrade.federation.messages import Admitted, Contribution, Refusal
 from fedgrade.federation.site_proof import prove_site
 from tests.federation.small_federation import NAMES, ask
 
+ADMITTED = ["genesis", "dataset", "plan", "checkpoint"]  # what a ledger says once a job was admitted
 SITE = NAMES[0]
 
 
@@ -39,7 +40,8 @@ def test_a_full_disk_at_the_reservation_charges_nothing_and_the_next_attempt_suc
         assert federation.opened(site.answer(question)).document.body.kind == "contribution"
     assert len(federation.charges(SITE)) == 1
     assert "ledger" in caplog.text
-    assert prove_site(ledger, site=SITE, roster=federation.roster).entries == 5
+    assert prove_site(ledger, site=SITE, roster=federation.roster).entries == len(ADMITTED) + 2
+    assert [entry.body.kind for entry in federation.entries(SITE)] == [*ADMITTED, "reserve", "commit"]
 
 
 def test_a_full_disk_at_admission_leaves_a_ledger_that_verifies(federation):
@@ -49,7 +51,8 @@ def test_a_full_disk_at_admission_leaves_a_ledger_that_verifies(federation):
             body = federation.opened(site.answer(federation.admission(job))).document.body
         assert (body.kind, body.code) == ("refusal", "ledger")
         assert isinstance(federation.opened(site.answer(federation.admission(job))).document.body, Admitted)
-    assert prove_site(ledger, site=SITE, roster=federation.roster).entries == 3
+    assert prove_site(ledger, site=SITE, roster=federation.roster).entries == len(ADMITTED)
+    assert [entry.body.kind for entry in federation.entries(SITE)] == ADMITTED
 
 
 def test_a_disk_that_fills_between_reservation_and_reply_keeps_the_charge_and_sends_nothing(federation):
