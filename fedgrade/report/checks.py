@@ -55,10 +55,11 @@ def software_rows(proof: FederationProof) -> tuple[SoftwareRow, ...]:
     ran: dict[tuple[str, str, str], set[str]] = {}
     for site in proof.sites.values():
         for software in site.software.values():
-            libraries = ", ".join(f"{name} {version}" for name, version in sorted(software.libraries.items()))
+            named = sorted(software.libraries.items())
+            libraries = ", ".join(f"{plain(name)} {plain(version)}" for name, version in named)
             ran.setdefault((software.fedgrade, software.source, libraries), set()).add(site.site)
     return tuple(
-        SoftwareRow(version=plain(version), source=source, libraries=plain(libraries), sites=", ".join(sorted(sites)))
+        SoftwareRow(version=plain(version), source=grouped(source), libraries=libraries, sites=", ".join(sorted(sites)))
         for (version, source, libraries), sites in sorted(ran.items())
     )
 
