@@ -6,51 +6,15 @@ ELPV, private or not. The features of one photo are normalised as one vector: no
 first was measured to change nothing (kappa .549 against .548 on module-disjoint folds, .526 against .529 at epsilon 2).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
-from fedgrade.errors import DataRefused, JobRefused, ModelRefused
+from fedgrade.errors import DataRefused, ModelRefused
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 BIAS_FEATURE = 0.3
-MIN_GRADES = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadSpec:
-    """Size of a head.
-
-    Attributes:
-        grades: how many grades the scale has.
-        dimensions: length of one photo's feature vector.
-    """
-
-    grades: int
-    dimensions: int
-
-    def __post_init__(self) -> None:
-        if self.grades < MIN_GRADES or self.dimensions < 1:
-            raise JobRefused(f"head: {self.grades} grades of {self.dimensions} features; at least 2 of 1 are needed")
-
-    @property
-    def expected(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Names, shapes and types of the parameters, as :func:`fedgrade.model.weights.read_weights` wants them.
-
-        ``thresholds`` [grades - 1, dimensions + 1]: last column multiplies the bias feature. ``centre`` [dimensions]:
-        the common direction that is taken out of every feature vector.
-        """
-        return {
-            "thresholds": ((self.grades - 1, self.dimensions + 1), "float64"),
-            "centre": ((self.dimensions,), "float64"),
-        }
-
-    def initial(self) -> dict[str, FloatArray]:
-        """Parameters before the first round: all zero, every threshold undecided."""
-        return {name: np.zeros(shape, dtype=np.float64) for name, (shape, _) in self.expected.items()}
 
 
 def unit_features(features: npt.ArrayLike) -> FloatArray:
