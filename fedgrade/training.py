@@ -1,8 +1,7 @@
-"""Gradients of single items, clipped: private training. The one file that knows Opacus.
+"""Gradients of single items, clipped, for ``local_sgd``: private training. The one file that knows Opacus.
 
-The unit is the item: its photos' and views' gradients are averaged before they are clipped. Two recipes:
-:func:`clipped_gradient_sum` for the full-batch modes (the head's closed form, exact integer grid, noise added by the
-caller), and :func:`train_by_sgd` for ``local_sgd`` (DP-SGD, Abadi et al. 2016, arXiv 1607.00133) of any module.
+The unit is the item: its photos' and views' gradients are averaged before they are clipped. :func:`train_by_sgd` is
+DP-SGD (Abadi et al. 2016, arXiv 1607.00133) of any module; :mod:`fedgrade.full_batch` is what the other modes do.
 
 Opacus is used by its parts, never by ``make_private``: its modules give gradients or norms a sample, its optimizers
 clip, add up and step. Sampling, noise, the number of steps and the batch size that updates are scaled by come from the
@@ -10,7 +9,6 @@ plan, and nothing of Opacus outlives a round.
 """
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -33,18 +31,14 @@ from torch.nn import functional
 from fedgrade.errors import ModelRefused
 from fedgrade.items import ItemBatch, ItemPhotos
 from fedgrade.model.backbones import torch_device, torch_threads
-from fedgrade.model.head import scores
 from fedgrade.model.networks import ChannelAffine, PhotoLinear, learning_parameters
-from fedgrade.privacy.grid import grid_rows
 from fedgrade.privacy.noise import floating_gaussian, poisson_sample
-from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
+from fedgrade.trust.records import PoissonGaussian
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-# Few enough for a chunk's gradients to stay in a core's cache: 1.3 to 2.7 times as fast as 128, with the same bits.
-_CHUNK_ITEMS = 16
 # Bounds of memory, none of privacy: the sum is the same wherever batches are cut.
 _GHOST_ITEMS = 1024
 _HOOK_BYTES = 2**28
@@ -62,28 +56,6 @@ class SgdRecipe:
     max_grad_norm: float
     learning_rate: float
     declared_items: int
-
-
-def clipped_gradient_sum(
-    thresholds: FloatArray, batch: ItemBatch, *, max_grad_norm: float, mechanism: DiscreteGaussian
-) -> IntArray:
-    """Exact sum over items of the clipped per-item gradients at ``thresholds``, on the mechanism's grid.
-
-    Args:
-        thresholds: [grades - 1, features], the head's weights.
-        batch: the items.
-        max_grad_norm: L2 clip of one item's mean gradient.
-        mechanism: states the grid; no noise is added here.
-
-    Returns:
-        Integers [(grades - 1) * features].
-
-    Guarantee: one item more or less moves the result by at most ``mechanism.sensitivity`` in L2 norm.
-    """
-    total = np.zeros(thresholds.size, dtype=np.int64)
-    for rows in _gradient_rows(thresholds, batch):
-        total += grid_rows(rows, max_norm=max_grad_norm, mechanism=mechanism).sum(axis=0, dtype=np.int64)
-    return total
 
 
 def train_by_sgd(module: nn.Module, items: ItemBatch | ItemPhotos, recipe: SgdRecipe) -> FloatArray:
@@ -130,32 +102,6 @@ def _steps(module: nn.Module, items: ItemBatch | ItemPhotos, recipe: SgdRecipe) 
             return _HookedSteps(module, items, recipe)
         case _:
             assert_never(items)
-
-
-def _gradient_rows(thresholds: FloatArray, batch: ItemBatch) -> Iterator[FloatArray]:
-    """Per-item gradients [items of a chunk, (grades - 1) * features]; chunks bound the memory."""
-    for start in range(0, len(batch), _CHUNK_ITEMS):
-        yield _item_gradients(thresholds, batch.take(slice(start, start + _CHUNK_ITEMS)))
-
-
-def _item_gradients(thresholds: FloatArray, batch: ItemBatch) -> FloatArray:
-    """Mean gradients [items, (grades - 1) * features] of the items: (sigmoid(W_k . x) - t) x over their photos.
-
-    Guarantee: a row depends on its own item alone, to the last bit, wherever it stands and however far it is padded:
-    sums run along one photo's features (:func:`fedgrade.model.head.scores`), or photo after photo. Else one item more
-    could move every other row across a border of the grid, beyond the sensitivity. A row that overflows is not finite;
-    the grid drops it.
-    """
-    items, photos, features = batch.inputs.shape
-    above = batch.grades[:, None] > np.arange(len(thresholds))
-    rows = np.zeros((items, len(thresholds), features))
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for photo in range(photos):
-            inputs = np.ascontiguousarray(batch.inputs[:, photo])
-            # tanh saturates instead of overflowing.
-            residuals = 0.5 * (1.0 + np.tanh(0.5 * scores(thresholds, inputs))) - above
-            rows += (residuals * batch.photo_weights[:, photo, None])[:, :, None] * inputs[:, None, :]
-    return np.asarray(rows.reshape(items, -1), dtype=np.float64)
 
 
 def _affine_gradients(

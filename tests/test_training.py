@@ -10,11 +10,12 @@ from opacus import GradSampleModule
 from torch.nn import functional
 
 from fedgrade.errors import ModelRefused
+from fedgrade.full_batch import _gradient_rows, clipped_gradient_sum
 from fedgrade.items import ItemBatch
 from fedgrade.model.head import head_inputs, item_mean, ordinal_gradient
 from fedgrade.model.networks import PhotoLinear
 from fedgrade.privacy.plan import exact
-from fedgrade.training import SgdRecipe, _gradient_rows, clipped_gradient_sum, train_by_sgd
+from fedgrade.training import SgdRecipe, train_by_sgd
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 GRID = 2**20

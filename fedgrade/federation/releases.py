@@ -16,6 +16,7 @@ from fedgrade.errors import JobRefused, ModelRefused
 from fedgrade.evaluation import item_rows
 from fedgrade.federation.holdings import PhotoFeatures
 from fedgrade.federation.payloads import Head, release_size, write_update
+from fedgrade.full_batch import clipped_gradient_sum
 from fedgrade.grading import decide
 from fedgrade.items import PHOTOS_AT_ONCE, ItemBatch, ItemPhotos
 from fedgrade.job import TrainingJob
@@ -29,7 +30,7 @@ from fedgrade.model.weights import write_weights
 from fedgrade.privacy.grid import add_noise, grid_rows
 from fedgrade.privacy.noise import discrete_gaussian
 from fedgrade.privacy.plan import LocalSgdSpec
-from fedgrade.training import SgdRecipe, clipped_gradient_sum, train_by_sgd
+from fedgrade.training import SgdRecipe, train_by_sgd
 from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian, Purpose
 

@@ -19,13 +19,14 @@ from stopwatch import paired_seconds, ratio
 from torch import nn
 from torch.nn import functional
 
+from fedgrade.full_batch import clipped_gradient_sum
 from fedgrade.items import ItemBatch, ItemPhotos
 from fedgrade.job import JobSpec
 from fedgrade.model.backbones import Compute
 from fedgrade.model.head import head_inputs
 from fedgrade.model.networks import item_module
 from fedgrade.model.spec import RESNET10T_GN_START_DIGEST, ModelSpec
-from fedgrade.training import SgdRecipe, _GhostSteps, _HookedSteps, clipped_gradient_sum
+from fedgrade.training import SgdRecipe, _GhostSteps, _HookedSteps
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 ITEMS, REPETITIONS = 1024, 15

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fedgrade import training
+from fedgrade import full_batch
 from fedgrade.aggregation.mean import AggregationSpec
 from fedgrade.federation import releases
 from fedgrade.federation.payloads import Head
@@ -173,7 +173,7 @@ def clip_not_applied(patch):
     def unclipped(rows, *, max_norm, mechanism):
         return np.trunc(rows / max_norm * mechanism.sensitivity).astype(np.int64)
 
-    patch.setattr(training, "grid_rows", unclipped)
+    patch.setattr(full_batch, "grid_rows", unclipped)
 
 
 def clip_of_columns(patch):
@@ -182,7 +182,7 @@ def clip_of_columns(patch):
 
 
 def mean_instead_of_sum(patch):
-    total = training.clipped_gradient_sum
+    total = full_batch.clipped_gradient_sum
 
     def mean(thresholds, batch, **named):
         return total(thresholds, batch, **named) // max(1, len(batch))
@@ -206,12 +206,12 @@ def every_photo_an_item(patch):
 
 
 def a_grid_twice_as_fine_as_charged(patch):
-    snap = training.grid_rows
+    snap = full_batch.grid_rows
 
     def finer(rows, *, max_norm, mechanism):
         return 2 * snap(rows, max_norm=max_norm, mechanism=mechanism)
 
-    patch.setattr(training, "grid_rows", finer)
+    patch.setattr(full_batch, "grid_rows", finer)
 
 
 MUTANTS = (

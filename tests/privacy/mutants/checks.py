@@ -16,13 +16,14 @@ from fedgrade.federation.canaries import CanaryTrial, audit_job, canary_scores
 from fedgrade.federation.messages import Contribution, Refusal
 from fedgrade.federation.payloads import Head
 from fedgrade.federation.releases import SiteRows, _item_photos, _sgd_update, gradient_sum
+from fedgrade.full_batch import clipped_gradient_sum
 from fedgrade.items import ItemBatch
 from fedgrade.job import plan_job
 from fedgrade.model.networks import PhotoLinear, item_module
 from fedgrade.model.pooling import PooledBackbone
 from fedgrade.privacy import audit
 from fedgrade.privacy.plan import DistributedSpec
-from fedgrade.training import SgdRecipe, clipped_gradient_sum, train_by_sgd
+from fedgrade.training import SgdRecipe, train_by_sgd
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 from tests.federation.small_federation import (
     DECLARED,

@@ -119,7 +119,7 @@ def clip_not_applied(patch):
 
 
 def neither_clip_nor_exact_check(patch):
-    patch.setattr("fedgrade.training.grid_rows", _unclipped)
+    patch.setattr("fedgrade.full_batch.grid_rows", _unclipped)
 
 
 def _unclipped(rows, *, max_norm, mechanism):
@@ -147,7 +147,7 @@ def clip_after_averaging_items(patch):
     def averaged(rows, *, max_norm, mechanism):
         return grid.grid_rows(rows.mean(axis=0, keepdims=True), max_norm=max_norm, mechanism=mechanism)
 
-    patch.setattr("fedgrade.training.grid_rows", averaged)
+    patch.setattr("fedgrade.full_batch.grid_rows", averaged)
 
 
 def mean_instead_of_sum(patch):
