@@ -4,7 +4,6 @@ For the demo, for trials and for tests. Every file is the one a real partner wou
 would keep it; the folder must lie outside version control. Only the demo's photos (elpv-dataset) are known here.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,8 +14,9 @@ from typing import Self
 import yaml
 
 from clients.settings import read_site
+from clients.templates import PolicyValues, SiteValues, policy_yaml, site_yaml
 from fedgrade.data import elpv
-from fedgrade.data.manifest import SYNTHETIC_CEILING, Split, read_manifest
+from fedgrade.data.manifest import Split, read_manifest
 from fedgrade.errors import DocumentRefused
 from fedgrade.federation.in_process import Answer
 from fedgrade.grading import GradeScale
@@ -152,49 +152,32 @@ def _create_site(
     key.save(folder / "key.pem")
     create_node_key(folder / "node_key")
     (folder / "manifest.csv").write_bytes(manifest)
-    declared = declared_size(manifest, scale)
     (folder / "policy.yaml").write_text(
-        _POLICY.format(
-            modes=", ".join(terms.modes),
-            backbones=", ".join(terms.backbones),
-            epsilon_limit=terms.epsilon_limit,
-            epsilon_per_job=terms.epsilon_per_job,
-            grades=json.dumps(scale.labels),
-            synthetic_ceiling=SYNTHETIC_CEILING,
+        policy_yaml(
+            PolicyValues(
+                modes=terms.modes,
+                epsilon_limit=terms.epsilon_limit,
+                epsilon_per_job=terms.epsilon_per_job,
+                backbones=terms.backbones,
+                grades=scale.labels,
+            )
         )
     )
-    settings = {
-        "site": site,
-        "key": "key.pem",
-        "roster": "../../roster.json",
-        "policy": "policy.yaml",
-        "photos": str(elpv.package_photos()),
-        "lineage": f"elpv-{site}",
-        "cohorts": {"2018": {"manifest": "manifest.csv", "declared_items": declared}},
-        "photos_per_item": 1,
-        "ledger": "ledger.jsonl",
-        "outbox": "outbox",
-        "cache": str(cache.resolve() / site),
-        "backbones": str(cache.resolve() / "backbones"),
-        "threads": max(1, (os.cpu_count() or 1) // 2),
-        "device": "auto",
-        "socket": "run/agent.sock",
-        "link": {"address": "127.0.0.1:0", "root_certificate": "ca.pem", "node_key": "node_key"},
-    }
-    federation.site_file(site).write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-_POLICY = """\
-# This recycler's own ceilings. Nothing that a coordinator sends can widen them.
-modes: [{modes}]            # privacy modes it takes part in
-epsilon_limit: {epsilon_limit}          # per account, over all jobs there will ever be
-delta: 1.0e-5               # at which the limit is measured
-epsilon_per_job: {epsilon_per_job}        # the most that one job may plan to spend
-maximum_rounds: 500
-maximum_attempts: 3         # of one round; each is charged
-minimum_participants: 3     # with fewer, the sum says too much about each
-minimum_items: 50
-backbones: [{backbones}]
-grades: {grades}
-synthetic_ceiling: {synthetic_ceiling}     # of this recycler's own training photos
-"""
+    written = site_yaml(
+        SiteValues(
+            site=site,
+            photos=str(elpv.package_photos()),
+            lineage=f"elpv-{site}",
+            cohort="2018",
+            manifest="manifest.csv",
+            declared_items=declared_size(manifest, scale),
+            photos_per_item=1,
+            threads=max(1, (os.cpu_count() or 1) // 2),
+            cache=str(cache.resolve() / site),
+            backbones=str(cache.resolve() / "backbones"),
+            # One machine, one roster.
+            roster="../../roster.json",
+            address="127.0.0.1:0",
+        )
+    )
+    federation.site_file(site).write_text(written)
