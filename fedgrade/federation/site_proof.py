@@ -26,11 +26,13 @@ from fedgrade.trust.records import (
     Composition,
     Correction,
     DatasetOpened,
+    Enrolled,
     Genesis,
     Partition,
     PlanAccepted,
     Released,
     Reserve,
+    Revoked,
     RoundClosed,
     Software,
 )
@@ -181,7 +183,7 @@ class _Reading:
                 self._correct(entry.sequence, body)
             case Checkpoint():
                 self._checkpoint(entry.sequence, body)
-            case RoundClosed() | Released():
+            case RoundClosed() | Released() | Enrolled() | Revoked():
                 raise LedgerBroken("a coordinator's entry in a site's ledger")
 
     def proof(self, *, head: str, tree: MerkleTree, roots: dict[int, str]) -> SiteProof:

@@ -22,6 +22,7 @@ from fedgrade.federation.claims import (
     require_sites_hold,
     require_stages_closed,
 )
+from fedgrade.federation.membership import members_after, with_former
 from fedgrade.federation.payloads import read_release
 from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Stage, stages_of
@@ -33,6 +34,7 @@ from fedgrade.privacy.budget import Spending
 from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
+from fedgrade.trust.enrolment import Membership
 from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
 from fedgrade.trust.ledger import GENESIS_PREVIOUS, MAX_ENTRY_BYTES, open_receipt, read_lines
 from fedgrade.trust.records import Commit, DiscreteGaussian, Genesis, Released, RoundClosed
@@ -74,6 +76,7 @@ class _CoordinatorLog:
     rounds: dict[str, list[RoundClosed]]
     published: dict[str, set[str]]
     claims: dict[SiteId, list[Claim]]
+    members: Membership
     head: str
     tree: MerkleTree
 
@@ -96,6 +99,7 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
     if not paths:
         raise DocumentRefused(f"{folder}: no sites/<site>/ledger.jsonl here; give the folder of a federation")
     log = _coordinator_log(ledger, trusted)
+    trusted = with_former(trusted, log.members)
     for site, claim in kept_claims(folder / "coordinator" / "witnessed", paths, trusted):
         log.claims.setdefault(site, []).append(claim)
     sites = {
@@ -134,9 +138,10 @@ def _coordinator_log(path: Path, roster: Roster) -> _CoordinatorLog:
     rounds: dict[str, list[RoundClosed]] = {}
     published: dict[str, set[str]] = {}
     claims: dict[SiteId, list[Claim]] = {}
-    head, tree = GENESIS_PREVIOUS, MerkleTree()
+    head, tree, members = GENESIS_PREVIOUS, MerkleTree(), Membership()
     for line, entry in read_lines(path, key=roster.coordinator):
         head, tree = digest(line), tree.after(line)
+        members = members_after(members, entry, where=f"ledger {path}: entry {entry.sequence}")
         for site, claim in claims_in(path, entry):
             claims.setdefault(site, []).append(claim)
         match entry.body:
@@ -150,7 +155,7 @@ def _coordinator_log(path: Path, roster: Roster) -> _CoordinatorLog:
                 pass
     if tree.entries == 0:
         raise LedgerBroken(f"ledger {path}: is empty; a ledger begins with a genesis entry")
-    return _CoordinatorLog(rounds=rounds, published=published, claims=claims, head=head, tree=tree)
+    return _CoordinatorLog(rounds=rounds, published=published, claims=claims, members=members, head=head, tree=tree)
 
 
 def _check_nothing_is_uncounted(

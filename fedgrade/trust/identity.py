@@ -22,6 +22,8 @@ SiteId = NewType("SiteId", str)
 _SITE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
 _OWNER_ONLY = 0o077
+_FINGERPRINT_DIGITS = 32
+_SEPARATORS = re.compile(r"[\s:-]")
 
 
 def site_id(text: str) -> SiteId:
@@ -49,6 +51,18 @@ class PublicKey:
     def key_id(self) -> str:
         """SHA-256 of the raw key: what an envelope names its signer by."""
         return _key_id(self.hexadecimal)
+
+    @property
+    def fingerprint(self) -> str:
+        """What two people read to each other: the first 128 bits of the key's SHA-256, in groups of four digits.
+
+        Enough, because a swindler must find another key for a print that is given, not two keys that share one.
+        """
+        return " ".join(self.key_id[at : at + 4] for at in range(0, _FINGERPRINT_DIGITS, 4))
+
+    def has_fingerprint(self, text: str) -> bool:
+        """Whether ``text`` is this key's fingerprint, however it was spaced."""
+        return _SEPARATORS.sub("", text).lower() == self.key_id[:_FINGERPRINT_DIGITS]
 
     def verify(self, signature: bytes, message: bytes) -> None:
         """Return if ``signature`` is this key's over ``message``.

@@ -25,6 +25,7 @@ UTC_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9
 MAX_REASON: Final = 500  # characters of a correction's
 _MAX_TEXTS, _MAX_TEXT = 64, 80
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_NODE_KEY: Final = re.compile(r"ecdsa-sha2-nistp(256|384|521) [A-Za-z0-9+/]{100,300}={0,2}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +307,41 @@ class Released:
     release_digest: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Enrolled:
+    """The coordinator put ``site`` on the roster, or took newer numbers from it: a request by ``key`` asked for that.
+
+    ``node_key`` is the public key of the site's connection, in OpenSSH form. A name and a key belong together for life,
+    because budgets hang on the name and the ledger on the key.
+    """
+
+    kind: Literal["enrolled"] = "enrolled"
+    site: SiteId
+    key: PublicKey
+    node_key: str
+    declared_items: int
+
+    def __post_init__(self) -> None:
+        if not _NODE_KEY.fullmatch(self.node_key):
+            raise DocumentRefused(f"node key {self.node_key[:80]!r}: an OpenSSH public key on a NIST curve is expected")
+        if self.declared_items < 1:
+            raise DocumentRefused(f"site {self.site}: declared_items {self.declared_items} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revoked:
+    """The coordinator took ``site`` off the roster, for good; what it contributed before stands."""
+
+    kind: Literal["revoked"] = "revoked"
+    site: SiteId
+    key: PublicKey
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.reason) <= MAX_REASON or not self.reason.isprintable():
+            raise DocumentRefused(f"revocation: the reason must be 1 to {MAX_REASON} printable characters on one line")
+
+
 Body = Annotated[
     Genesis
     | DatasetOpened
@@ -316,6 +352,8 @@ Body = Annotated[
     | Correction
     | Checkpoint
     | RoundClosed
-    | Released,
+    | Released
+    | Enrolled
+    | Revoked,
     Field(discriminator="kind"),
 ]

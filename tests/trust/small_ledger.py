@@ -19,11 +19,13 @@ from fedgrade.trust.records import (
     Correction,
     DatasetOpened,
     DiscreteGaussian,
+    Enrolled,
     LedgerState,
     PlanAccepted,
     PoissonGaussian,
     Released,
     Reserve,
+    Revoked,
     RoundClosed,
     Software,
 )
@@ -34,6 +36,11 @@ NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 SITE = SiteId("site-1")
 ACCOUNT = AccountKey(partner=SITE, lineage="panels", cohort="2026-06", partition="train")
 
+NODE_KEY = (
+    "ecdsa-sha2-nistp384 "
+    "AAAAE2VjZHNhLXNoYTItbmlzdHAzODQAAAAIbmlzdHAzODQAAABhBBHeJKLCUcd3VzysXqAl5GfyCOUdv/mPxU9mYcvlZYOw"
+    "N4gvShyil+YKvNvDg22EvI+mlsd0QPktD1g36QoA58UoS0R3VNXe6IyYZTO2kBrrMXdobQro+zMYRBSr5sFxOg=="
+)
 SOFTWARE = Software(fedgrade="0.1.0", source="5" * 64, libraries={"numpy": "2.4.0", "opendp": "0.16.0"})
 
 
@@ -87,6 +94,8 @@ EVERY_KIND = (
     Released(job="a" * 64, release_digest="2" * 64),
     Checkpoint(owner=COORDINATOR, head="{}"),
     Correction(account=ACCOUNT, rho=Fraction(1, 500), reason="the clip was off in round 3"),
+    Enrolled(site=SITE, key=KEY.public, node_key=NODE_KEY, declared_items=500),
+    Revoked(site=SITE, key=KEY.public, reason="left the market"),
 )
 
 
