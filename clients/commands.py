@@ -13,6 +13,7 @@ import click
 
 from clients.agent import AgentClient, AgentServer, AgentStatus
 from clients.gate import Gate
+from clients.join_commands import init, join, request
 from clients.node import LinkState, log_state, serve
 from clients.settings import read_site
 from fedgrade.errors import DocumentRefused
@@ -28,6 +29,10 @@ def site() -> None:
     """Run this partner's node, and look after it."""
 
 
+for _command in (init, request, join):
+    site.add_command(_command)
+
+
 @site.command(epilog="Example: fedgrade site up site.yaml")
 @click.argument("site_file", type=SITE_FILE)
 def up(site_file: Path) -> None:
@@ -40,6 +45,8 @@ def up(site_file: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = read_site(site_file)
+    # First of all: a site that has not joined yet should not load a network to say so.
+    where = settings.link
     torch.set_num_threads(settings.settings.threads)
     partner, charging = open_site(settings)
     stop = threading.Event()
@@ -49,7 +56,7 @@ def up(site_file: Path) -> None:
     gate = Gate(partner.answer)
     with charging, AgentServer(gate, settings.socket, link=link.read):
         threading.Thread(target=_stop_when_drained, args=(gate, stop), daemon=True).start()
-        serve(settings.link, gate.answer, stop=stop, on_state=link.write)
+        serve(where, gate.answer, stop=stop, on_state=link.write)
 
 
 @site.command(epilog="Example: fedgrade site status site.yaml")

@@ -104,8 +104,16 @@ class SiteFolder:
 
     @property
     def link(self) -> NodeLink:
-        """How the node reaches the coordinator."""
+        """How the node reaches the coordinator.
+
+        Raises:
+            DocumentRefused: the site has not joined one yet.
+        """
         link = self.settings.link
+        if not link.address:
+            raise DocumentRefused(
+                f"site {self.settings.site}: has no coordinator yet; take its bundle with `fedgrade site join`"
+            )
         return NodeLink(
             address=link.address,
             root_certificate=self.path(link.root_certificate),

@@ -5,7 +5,6 @@ What is written here is read back by the strict decoder before it reaches a disk
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,11 +82,11 @@ class SiteValues:
 class PolicyValues:
     """What a partner chooses first in its ``policy.yaml``."""
 
-    modes: Sequence[str]
+    modes: tuple[str, ...]
     epsilon_limit: float
     epsilon_per_job: float
-    backbones: Sequence[str]
-    grades: Sequence[str]
+    backbones: tuple[str, ...]
+    grades: tuple[str, ...]
     minimum_participants: int = 3
     minimum_items: int = 50
 

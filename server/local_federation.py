@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import yaml
-
+from clients.joining import with_address
 from clients.settings import read_site
 from clients.templates import PolicyValues, SiteValues, policy_yaml, site_yaml
 from fedgrade.data import elpv
@@ -86,10 +85,9 @@ class LocalFederation:
         """Tell every site where the coordinator listens now; ports on loopback differ from start to start."""
         for site in self.sites():
             path = self.site_file(site)
-            written = yaml.safe_load(path.read_bytes())
-            written["link"]["address"] = address
-            written["link"]["root_certificate"] = str(authority)
-            path.write_text(yaml.safe_dump(written, sort_keys=False))
+            path.write_text(with_address(path.read_text(), address))
+            own = read_site(path)
+            own.path(own.settings.link.root_certificate).write_bytes(authority.read_bytes())
 
     @contextmanager
     def answers(self) -> Iterator[dict[SiteId, Answer]]:

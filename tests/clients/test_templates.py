@@ -24,11 +24,11 @@ VALUES = {
     "photos_per_item": 10,
 }
 POLICY = {
-    "modes": ["local"],
+    "modes": ("local",),
     "epsilon_limit": 8,
     "epsilon_per_job": 4.0,
-    "backbones": ["tf_efficientnet_lite0"],
-    "grades": ["intact", "defective"],
+    "backbones": ("tf_efficientnet_lite0",),
+    "grades": ("intact", "defective"),
 }
 
 texts = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=40)
@@ -43,7 +43,7 @@ def test_a_site_file_says_what_was_asked_for(photos, lineage, cohort):
 
 @given(st.lists(texts, min_size=2, max_size=6))
 def test_a_policy_says_what_was_asked_for(grades):
-    text = policy_yaml(PolicyValues(**{**POLICY, "grades": grades}))
+    text = policy_yaml(PolicyValues(**{**POLICY, "grades": tuple(grades)}))
     assert decode_yaml(Policy, text.encode()).grades == tuple(grades)
 
 

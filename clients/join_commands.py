@@ -1,0 +1,153 @@
+"""``fedgrade site init``, ``request`` and ``join``: how a partner gets from photos to a place on the roster."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from fedgrade.cli.out_of_band import require_fingerprint
+from fedgrade.trust.enrolment import MAX_PAPER_BYTES, JoinRequest
+
+SITE_FILE = click.Path(path_type=Path, dir_okay=False)
+_BACKBONE = "tf_efficientnet_lite0"
+
+
+@click.command(
+    epilog="Example: fedgrade site init ~/fedgrade --site recycler-a --photos ~/photos --manifest ~/manifest.csv "
+    "--declared-items 400 --grades 'intact,probably intact,probably defective,defective'"
+)
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--site", help="The name you want on the roster, for life: a-z, 0-9 and hyphens.")
+@click.option("--photos", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Folder of the photos.")
+@click.option(
+    "--manifest", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="CSV, one row a photo; checked."
+)
+@click.option(
+    "--declared-items", type=click.IntRange(min=1), help="Training items that you publish; round it, it is no secret."
+)
+@click.option("--grades", help="The labels you grade by, best to worst, between commas.")
+@click.option("--lineage", help="Names the data set for life, as budgets hang on it; the site's name by default.")
+@click.option("--cohort", help="Names this batch of items; the month by default.")
+@click.option("--photos-per-item", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--epsilon-limit", type=float, default=8.0, show_default=True, help="Ceiling for the life of the data.")
+@click.option("--epsilon-per-job", type=float, default=4.0, show_default=True, help="Ceiling for one job.")
+@click.option(
+    "--mode", "modes", multiple=True, default=("local",), show_default=True, help="Privacy modes; repeatable."
+)
+@click.option("--minimum-items", type=int, default=50, show_default=True, help="With fewer, stay out of a job.")
+def init(
+    folder: Path,
+    *,
+    site: str | None,
+    photos: Path | None,
+    manifest: Path | None,
+    declared_items: int | None,
+    grades: str | None,
+    lineage: str | None,
+    cohort: str | None,
+    photos_per_item: int,
+    epsilon_limit: float,
+    epsilon_per_job: float,
+    modes: tuple[str, ...],
+    minimum_items: int,
+) -> None:
+    """Make this partner's keys, settings, policy and join request in FOLDER.
+
+    What is not given is asked for on a terminal. Nothing is sent anywhere, and nothing is overwritten.
+    """
+    # Imported here: the accountant and Flower take seconds, and `fedgrade site --help` should not wait for them.
+    from clients.joining import REQUEST, create_site  # noqa: PLC0415
+    from clients.templates import PolicyValues, SiteValues  # noqa: PLC0415
+
+    now = datetime.now(UTC)
+    name = _asked(site, "--site", "Name on the roster, for life (a-z, 0-9, hyphens)")
+    photo_folder = photos or Path(_asked(None, "--photos", "Folder of the photos"))
+    manifest_file = manifest or Path(_asked(None, "--manifest", "Manifest (CSV)"))
+    declared = declared_items or int(_asked(None, "--declared-items", "Training items to publish, rounded"))
+    labels = _asked(grades, "--grades", "Grades, best to worst, between commas")
+    request = create_site(
+        folder,
+        SiteValues(
+            site=name,
+            photos=_from(folder, photo_folder),
+            lineage=lineage or name,
+            cohort=cohort or f"{now:%Y-%m}",
+            manifest=_from(folder, manifest_file),
+            declared_items=declared,
+            photos_per_item=photos_per_item,
+        ),
+        PolicyValues(
+            modes=modes,
+            epsilon_limit=epsilon_limit,
+            epsilon_per_job=epsilon_per_job,
+            backbones=(_BACKBONE,),
+            grades=tuple(label.strip() for label in labels.split(",")),
+            minimum_items=minimum_items,
+        ),
+        now=now,
+    )
+    click.echo(f"Read {folder / 'policy.yaml'}: it is your last word, and no coordinator can widen it.")
+    _tell(request, folder / REQUEST)
+
+
+@click.command(epilog="Example: fedgrade site request site.yaml")
+@click.argument("site_file", type=SITE_FILE)
+def request(site_file: Path) -> None:
+    """Write the join request anew: after a new cohort, or to replace one that was lost."""
+    from clients.joining import REQUEST, request_to_join  # noqa: PLC0415
+
+    _tell(request_to_join(site_file, now=datetime.now(UTC)), site_file.parent / REQUEST)
+
+
+@click.command(epilog="Example: fedgrade site join bundle.json site.yaml")
+@click.argument("bundle", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("site_file", type=SITE_FILE)
+@click.option("--fingerprint", help="The coordinator's, as it was told to you over another channel.")
+def join(bundle: Path, site_file: Path, fingerprint: str | None) -> None:
+    """Take the coordinator's signed BUNDLE: roster, authority and address. Also each later one, which says who is new.
+
+    The first time, the coordinator's fingerprint is compared; afterwards no other coordinator's bundle is taken.
+    """
+    from clients.joining import join as take  # noqa: PLC0415
+    from clients.settings import read_own_file  # noqa: PLC0415
+    from fedgrade.trust.identity import PublicKey  # noqa: PLC0415
+
+    def approve(key: PublicKey) -> None:
+        require_fingerprint(key, given=fingerprint, whose="the coordinator")
+
+    raw = read_own_file(bundle, what="bundle", limit=MAX_PAPER_BYTES)
+    joined = take(site_file, raw, approve=approve)
+    roster = joined.bundle.roster
+    click.echo(
+        f"bundle {joined.bundle.sequence} of coordinator {roster.coordinator.fingerprint}: {len(roster.sites)} sites, "
+        f"at {joined.bundle.address}"
+    )
+    for what, sites in (("new", joined.arrived), ("left", joined.left)):
+        for site in sites:
+            click.echo(f"{what}: {site}" + (f"  {roster.sites[site].fingerprint}" if site in roster.sites else ""))
+    if joined.moved:
+        click.echo("The coordinator's address or authority is another one now.")
+    click.echo(
+        f"Start the node with `fedgrade site up {site_file}`; if it runs, drain it first: it reads this at start."
+    )
+
+
+def _tell(request: JoinRequest, path: Path) -> None:
+    click.echo(f"Send {path} to the coordinator; it holds nothing secret.")
+    click.echo(f"Tell it, over another channel, the fingerprint of {request.site}: {request.key.fingerprint}")
+
+
+def _asked(given: str | None, option: str, question: str) -> str:
+    """``given``, or what the person at the terminal answers to ``question``."""
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"Missing option '{option}'; or run this at a terminal, where it is asked for.")
+    return str(click.prompt(question))
+
+
+def _from(folder: Path, path: Path) -> str:
+    """``path`` as ``site.yaml`` in ``folder`` writes it: relative inside the folder, absolute elsewhere."""
+    whole, root = path.absolute(), folder.absolute()
+    return str(whole.relative_to(root)) if whole.is_relative_to(root) else str(whole)
