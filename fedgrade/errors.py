@@ -57,5 +57,9 @@ class MessageRefused(FedgradeError):
     """A wire message is stale, replayed, addressed elsewhere or out of order."""
 
 
+class AttemptOver(MessageRefused):
+    """An attempt at a secure sum cannot be gone on with here; nobody lied, and a further attempt may succeed."""
+
+
 class AlreadyCharged(MessageRefused):
     """This attempt of a round was charged before and its reply is lost; only a further attempt can succeed."""

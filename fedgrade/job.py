@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fedgrade.aggregation.mean import AggregationSpec
+from fedgrade.aggregation.secure_sum.documents import MAX_RECOVERY_SITES
 from fedgrade.errors import JobRefused
 from fedgrade.grading import GradeScale
 from fedgrade.model.spec import ModelSpec
@@ -70,6 +71,17 @@ class JobSpec:
                 f"model.trainable: {self.model.trainable!r} needs privacy.mode 'local_sgd'; privacy.mode "
                 f"{self.privacy.mode!r} trains the head alone, whose full-batch gradients are exact"
             )
+        method = self.aggregation.method
+        if self.privacy.mode == "distributed" and method != "secure_sum":
+            raise JobRefused(
+                f"aggregation.method: {method!r} would show the coordinator each upload, and privacy.mode "
+                "'distributed' puts a share of the noise into each; choose aggregation=secure_sum, or privacy=local"
+            )
+        if self.privacy.mode == "local_sgd" and method == "secure_sum":
+            raise JobRefused(
+                "aggregation.method: 'secure_sum' adds integers, and privacy.mode 'local_sgd' uploads floating-point "
+                "updates; choose aggregation=mean"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +114,7 @@ class TrainingJob:
                 f"aggregation.minimum_sites: {self.spec.aggregation.minimum_sites} exceeds the "
                 f"{len(self.declared_items)} participants"
             )
+        _require_dropouts(self.spec.aggregation.tolerate_dropouts, len(self.declared_items))
         if self.plan != _plan(self.spec, len(self.declared_items)):
             raise JobRefused("plan: is not the one that follows from the job's own privacy spec and participants")
 
@@ -114,6 +127,11 @@ class TrainingJob:
     def digest(self) -> str:
         """What messages, ledgers and releases name this job by."""
         return digest(encode(self))
+
+    @property
+    def noise_shares(self) -> int:
+        """How many sites' noise the plan counts on in every sum."""
+        return _noise_shares(self.spec, len(self.declared_items))
 
     def head_shape(self) -> tuple[int, int]:
         """Shape of the head's weights: thresholds between grades, by features and one bias."""
@@ -137,9 +155,19 @@ def plan_job(spec: JobSpec, *, declared_items: dict[SiteId, int], nonce: str) ->
 
 
 def _plan(spec: JobSpec, participants: int) -> PrivacyPlan:
-    """The plan on which ``spec`` keeps its target whoever answers.
+    """The plan on which ``spec`` keeps its target whoever answers."""
+    shares = _noise_shares(spec, participants)
+    return calibrate(spec.privacy, participants=shares if spec.privacy.mode == "distributed" else participants)
 
-    Shares of noise are counted on for no more sites than must answer: a round is closed without the others.
-    """
-    sure = min(participants, spec.aggregation.minimum_sites) if spec.privacy.mode == "distributed" else participants
-    return calibrate(spec.privacy, participants=sure)
+
+def _noise_shares(spec: JobSpec, participants: int) -> int:
+    """Shares of noise are counted on for no more sites than must answer: a round is closed without the others."""
+    return min(participants, spec.aggregation.minimum_sites) if spec.privacy.mode == "distributed" else 1
+
+
+def _require_dropouts(tolerated: int, participants: int) -> None:
+    if tolerated and (3 * tolerated >= participants or participants > MAX_RECOVERY_SITES):
+        raise JobRefused(
+            f"aggregation.tolerate_dropouts: {tolerated} of {participants} participants; three times it must be below "
+            f"them, and they at most {MAX_RECOVERY_SITES}"
+        )

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedgrade.errors import JobRefused
-from fedgrade.federation.conversation import Cohort
+from fedgrade.federation.exchange import Cohort
 from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
 from fedgrade.federation.store import RunStore, write_durably
 from fedgrade.federation.witness import Witness

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from fedgrade.errors import DocumentRefused
-from fedgrade.federation.conversation import Cohort
+from fedgrade.federation.exchange import Cohort
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.rounds import Progress
 from fedgrade.trust.canonical import decode

@@ -45,6 +45,7 @@ SPEC = JobSpec(
 A, B, C = (site_id(f"recycler-{letter}") for letter in "abc")
 DECLARED = {B: 300, A: 200}
 JOB = plan_job(SPEC, declared_items=DECLARED, nonce="first")
+SHARED = replace(SPEC, privacy=DISTRIBUTED, aggregation=replace(SPEC.aggregation, method="secure_sum"))
 
 
 def planned(spec=SPEC, *, declared_items=DECLARED, nonce="first"):
@@ -89,13 +90,14 @@ OTHERWISE = {
     "privacy.centre_share": 0.25,
     "privacy.rounds": 4,
     "privacy.max_grad_norm": 1.5,
+    "aggregation.method": "secure_sum",
     "aggregation.learning_rate": 2.5,
     "aggregation.momentum": 0.0,
     "aggregation.average_last": 0.6,
     "aggregation.minimum_sites": 1,
 }
 # Each goes with others: a backbone with its weights, what is trained with the mode.
-ONE_VALUE = {"model.backbone", "model.trainable", "privacy.mode"}
+ONE_VALUE = {"model.backbone", "model.trainable", "privacy.mode", "aggregation.tolerate_dropouts"}
 
 
 def test_every_field_of_a_spec_is_known_to_these_tests():
@@ -115,8 +117,8 @@ def test_who_takes_part_with_how_much_and_when_is_part_of_the_job():
         planned(declared_items={A: 200, C: 300}),
         planned(declared_items={A: 200, B: 300, C: 50}),
         planned(nonce="second"),
-        planned(replace(SPEC, privacy=DISTRIBUTED)),
-        planned(replace(SPEC, privacy=replace(DISTRIBUTED, floor_epsilon=9.0))),
+        planned(SHARED),
+        planned(replace(SHARED, privacy=replace(DISTRIBUTED, floor_epsilon=9.0))),
     ]
     assert len({job.digest for job in [JOB, *others]}) == len(others) + 1
 
@@ -127,9 +129,9 @@ def test_a_job_is_named_by_its_bytes_not_by_the_order_they_were_put_in():
     assert JOB.participants == (A, B)
 
 
-@pytest.mark.parametrize("privacy", [PRIVACY, DISTRIBUTED])
-def test_decoding_gives_back_the_job_and_its_digest(privacy):
-    job = planned(replace(SPEC, privacy=privacy))
+@pytest.mark.parametrize("spec", [SPEC, SHARED])
+def test_decoding_gives_back_the_job_and_its_digest(spec):
+    job = planned(spec)
     again = decode(TrainingJob, encode(job))
     assert again == job
     assert again.digest == job.digest
@@ -171,12 +173,12 @@ def test_the_plan_of_another_number_of_sites_is_refused():
     plan = calibrate(DISTRIBUTED, participants=3)
     assert plan != calibrate(DISTRIBUTED, participants=2)
     with pytest.raises(JobRefused, match=r"^plan: is not the one"):
-        TrainingJob(spec=replace(SPEC, privacy=DISTRIBUTED), declared_items=DECLARED, plan=plan, nonce="")
+        TrainingJob(spec=SHARED, declared_items=DECLARED, plan=plan, nonce="")
 
 
 @pytest.mark.parametrize("minimum_sites", [2, 3, 4])
 def test_shares_of_noise_keep_the_target_whoever_answers(minimum_sites):
-    spec = replace(SPEC, privacy=DISTRIBUTED, aggregation=replace(SPEC.aggregation, minimum_sites=minimum_sites))
+    spec = replace(SHARED, aggregation=replace(SHARED.aggregation, minimum_sites=minimum_sites))
     sites = {site_id(f"recycler-{letter}"): 300 for letter in "abcd"}
     plan = plan_job(spec, declared_items=sites, nonce="").plan
     for answering in range(minimum_sites, len(sites) + 1):

@@ -5,6 +5,7 @@ Divides by the number of items that sites *declared*, a public constant, never b
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,26 @@ from fedgrade.trust.records import DiscreteGaussian
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+MIN_SUMMANDS = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationSpec:
-    """How the coordinator steps: gradient descent with momentum, then the average of the last iterates.
+    """How sites' answers become one, and how the coordinator steps then: with momentum, then the average of the last.
 
     Averaging costs no privacy and takes most of the noise out (Polyak and Juditsky 1992, doi 10.1137/0330046).
+
+    Attributes:
+        method: ``mean`` shows the coordinator each site's answer; ``secure_sum`` shows it their total alone.
+        tolerate_dropouts: how many sites may vanish from a secure sum that they are committed to without ending it.
     """
 
+    method: Literal["mean", "secure_sum"] = "mean"
     learning_rate: float
     momentum: float
     average_last: float
     minimum_sites: int
+    tolerate_dropouts: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < np.inf:
@@ -39,6 +48,16 @@ class AggregationSpec:
             raise JobRefused(f"aggregation.average_last: {self.average_last} must be in (0, 1]")
         if self.minimum_sites < 1:
             raise JobRefused(f"aggregation.minimum_sites: {self.minimum_sites} must be at least 1")
+        if self.tolerate_dropouts < 0 or (self.tolerate_dropouts and self.method != "secure_sum"):
+            raise JobRefused(
+                f"aggregation.tolerate_dropouts: {self.tolerate_dropouts} must be at least 0, and 0 unless "
+                "aggregation.method is secure_sum; a mean needs none"
+            )
+        if self.method == "secure_sum" and self.minimum_sites < MIN_SUMMANDS:
+            raise JobRefused(
+                f"aggregation.minimum_sites: {self.minimum_sites}; a secure sum hides nothing with fewer than "
+                f"{MIN_SUMMANDS}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +86,9 @@ def sum_of_releases(releases: Collection[IntArray]) -> IntArray:
     return np.asarray(np.sum(np.stack(list(releases)), axis=0, dtype=np.int64), dtype=np.int64)
 
 
-def mean_of_releases(
-    releases: Collection[IntArray], *, max_norm: float, mechanism: DiscreteGaussian, declared_items: int
-) -> FloatArray:
-    """Noisy integer sums as one mean over the ``declared_items`` of the sites that released them."""
-    total = from_grid(sum_of_releases(releases), max_norm=max_norm, mechanism=mechanism)
-    return np.asarray(total / declared_items, dtype=np.float64)
+def mean_of_total(total: IntArray, *, max_norm: float, mechanism: DiscreteGaussian, declared_items: int) -> FloatArray:
+    """The noisy integer ``total`` as a mean over the ``declared_items`` of the sites that are in it."""
+    return np.asarray(from_grid(total, max_norm=max_norm, mechanism=mechanism) / declared_items, dtype=np.float64)
 
 
 def mean_of_updates(updates: Collection[tuple[FloatArray, int]]) -> FloatArray:

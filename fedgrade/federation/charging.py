@@ -125,7 +125,7 @@ class Charging:
         self._spending: dict[AccountKey, Spending] = {}
         self._datasets: dict[tuple[str, str], DatasetOpened] = {}
         self._plans: dict[str, PlanAccepted] = {}
-        self._attempts: dict[tuple[str, tuple[int, int]], int] = {}
+        self._attempts: dict[tuple[str, tuple[int, int]], list[int]] = {}
         self._latest: dict[str, tuple[int, int]] = {}
         self._checkpoint = ""
 
@@ -248,15 +248,16 @@ class Charging:
         latest = self._latest.get(ask.job)
         if latest is not None and ask.stage < latest:
             raise MessageRefused(f"{ask.purpose} round {ask.round_index}: this job has moved on")
-        tried = self._attempts.get((ask.job, ask.stage), -1)
-        if ask.attempt <= tried:
+        charged = self._attempts.get((ask.job, ask.stage), [])
+        if charged and ask.attempt <= charged[-1]:
             raise AlreadyCharged(
                 f"{ask.purpose} round {ask.round_index}: attempt {ask.attempt} was already charged; ask for "
-                f"attempt {tried + 1}"
+                f"attempt {charged[-1] + 1}"
             )
-        if ask.attempt >= maximum_attempts:
+        # Charges are counted: a secure sum that somebody stayed away from has used up a number and nothing else.
+        if len(charged) >= maximum_attempts:
             raise MessageRefused(
-                f"{ask.purpose} round {ask.round_index}: attempt {ask.attempt}; policy.maximum_attempts is "
+                f"{ask.purpose} round {ask.round_index}: was charged {len(charged)} times; policy.maximum_attempts is "
                 f"{maximum_attempts}"
             )
 
@@ -268,11 +269,12 @@ class Charging:
         mechanism: Mechanism,
         ceiling: Ceiling,
         weights_digest: str,
+        transcript: str = "",
     ) -> Reserved:
         """Charge one release, durably, before anything is computed, to each of ``accounts`` that can still pay.
 
         An exhausted cohort drops out and does not stop the others. Who can pay follows from the ledger alone, so that
-        it says nothing about any item.
+        it says nothing about any item. ``transcript`` is that of the secure sum in which the release leaves, if any.
 
         Raises:
             BudgetExceeded: none can; nothing was charged.
@@ -287,6 +289,7 @@ class Charging:
             accounts=paying,
             mechanism=mechanism,
             weights_digest=weights_digest,
+            transcript=transcript,
             epsilon_limit=ceiling.epsilon,
             delta=ceiling.delta,
         )
@@ -387,7 +390,7 @@ class Charging:
             case Reserve():
                 charge_all(self._spending, body)
                 ask = Ask(job=body.job, purpose=body.purpose, round_index=body.round_index, attempt=body.attempt)
-                self._attempts[body.job, ask.stage] = body.attempt
+                self._attempts.setdefault((body.job, ask.stage), []).append(body.attempt)
                 self._latest[body.job] = ask.stage
             case Checkpoint():
                 self._checkpoint = body.head

@@ -16,7 +16,7 @@ import numpy as np
 from fedgrade.errors import FedgradeError
 from fedgrade.evaluation import ConfusionCounts, GradingMetrics, metrics
 from fedgrade.federation.charging import require_affordable, require_company, require_same_terms
-from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
+from fedgrade.federation.policy import Policy, admit
 from fedgrade.federation.site_proof import SiteProof
 from fedgrade.federation.verification import FederationProof
 from fedgrade.grading import GradeScale
@@ -343,7 +343,7 @@ def _refusals(
 ) -> tuple[str, ...]:
     """What the site would say no with, each rule's own words; the policy names the first rule that is broken."""
     policy, declared = standing.policy, standing.declared_items
-    rules: list[Callable[[], object]] = [partial(require_hidden_uploads, job, Summation.PLAIN)]
+    rules: list[Callable[[], object]] = []
     if policy is not None:
         published = job.declared_items[site] if declared is None else declared
         rules.append(partial(admit, job, policy=policy, site=site, declared_items=published))

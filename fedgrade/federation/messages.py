@@ -11,6 +11,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import Field
 
+from fedgrade.aggregation.secure_sum.documents import SumCommitments, SumProposal, SumSurvivors, SumVotes
 from fedgrade.errors import MessageRefused
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed, seal
@@ -22,7 +23,8 @@ _MAGIC = b"FGM1"
 _PREFIX = struct.Struct("<4sI")
 
 Document = TypeVar("Document", "Request", "Reply")
-RefusalCode = Literal["malformed", "policy", "budget", "stale", "spent", "data", "ledger", "model"]
+# "spent" and "attempt" ask for a further attempt: this one was charged before, or cannot be gone on with.
+RefusalCode = Literal["malformed", "policy", "budget", "stale", "spent", "attempt", "data", "ledger", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,45 @@ class AdmitRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CommitRequest:
+    """Take part in a secure sum on the terms proposed. Spends nothing."""
+
+    kind: Literal["commit"] = "commit"
+    proposal: SumProposal
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContributeRequest:
-    """Make one release for ``purpose`` from the arrays that travel with this request."""
+    """Make one release for ``purpose`` from the arrays that travel with this request.
+
+    ``commitments`` are everybody's to the terms of the secure sum in which it leaves; there are none where each release
+    leaves as it is.
+    """
 
     kind: Literal["contribute"] = "contribute"
     purpose: Purpose
     round_index: int
     attempt: int
+    commitments: SumCommitments | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteRequest:
+    """Sign whose vectors arrived. Spends nothing."""
+
+    kind: Literal["vote"] = "vote"
+    survivors: SumSurvivors
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevealRequest:
+    """Every survivor signed the same set: reveal what lets their total be read. Spends nothing."""
+
+    kind: Literal["reveal"] = "reveal"
+    votes: SumVotes
+
+
+Asked = AdmitRequest | CommitRequest | ContributeRequest | VoteRequest | RevealRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +90,7 @@ class Request:
 
     site: SiteId
     job: str
-    body: Annotated[AdmitRequest | ContributeRequest, Field(discriminator="kind")]
+    body: Annotated[Asked, Field(discriminator="kind")]
     tensors_digest: str
 
 
@@ -65,19 +99,30 @@ class Admitted:
     """The site takes part.
 
     ``head`` is the sealed head of its ledger as it now stands, and ``consistency`` the proof, in hexadecimal, that
-    nothing but entries at its end was added since the head that the coordinator had ``seen``.
+    nothing but entries at its end was added since the head that the coordinator had ``seen``. ``share_key`` is the
+    signed key under which other sites encrypt shares to this one, in a job whose secure sums tolerate dropouts.
     """
 
     kind: Literal["admitted"] = "admitted"
     head: str
     consistency: tuple[str, ...]
+    share_key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """The site's signed commitment to the terms proposed."""
+
+    kind: Literal["committed"] = "committed"
+    commitment: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
     """The release travels behind this document; ``receipt`` is the signed ledger line that says what it cost.
 
-    ``head`` is the sealed head of the ledger whose last line is that receipt.
+    ``head`` is the sealed head of the ledger whose last line is that receipt. ``masked`` vouches for a release under
+    masks; it is empty where the release leaves as it is.
     """
 
     kind: Literal["contribution"] = "contribution"
@@ -86,6 +131,23 @@ class Contribution:
     attempt: int
     receipt: str
     head: str
+    masked: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voted:
+    """The site's signed vote for the survivors named."""
+
+    kind: Literal["voted"] = "voted"
+    vote: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revealed:
+    """The shares that the site reveals, signed."""
+
+    kind: Literal["revealed"] = "revealed"
+    shares: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +159,16 @@ class Refusal:
     reason: str
 
 
+Said = Admitted | Committed | Contribution | Voted | Revealed | Refusal
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """From one site to the coordinator; ``request_digest`` binds it to the exact bytes it answers."""
 
     site: SiteId
     request_digest: str
-    body: Annotated[Admitted | Contribution | Refusal, Field(discriminator="kind")]
+    body: Annotated[Said, Field(discriminator="kind")]
     tensors_digest: str
 
 

@@ -18,6 +18,7 @@ from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import PoissonGaussian, Purpose
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 NetworkArray = npt.NDArray[np.float32]
 
 # Weights of a converged head are far smaller; larger ones would be an attack on the arithmetic, not a model.
@@ -77,6 +78,11 @@ def write_update(job: TrainingJob, update: FloatArray) -> bytes:
     return write_weights({"update": head, **_written_network(network.astype(np.float32))}, metadata={})
 
 
+def write_release(release: IntArray) -> bytes:
+    """Integers [numbers] on the grid, masked or not, as the safetensors blob that :func:`read_release` reads."""
+    return write_weights({"release": release}, metadata={})
+
+
 def read_release(raw: bytes, job: TrainingJob, purpose: Purpose, *, site: SiteId) -> npt.NDArray[Any]:
     """What ``site`` released: integers [numbers] on the grid, or a floating-point update [parameters] for DP-SGD.
 
@@ -85,20 +91,22 @@ def read_release(raw: bytes, job: TrainingJob, purpose: Purpose, *, site: SiteId
     Raises:
         ModelRefused: other names, shapes or types, or a number that no honest site sends.
     """
-    size = release_size(job, purpose)
-    if isinstance(job.plan.mechanism(purpose), PoissonGaussian):
-        name, network = "update", _expected_network(job)
-        head = size - job.spec.model.network_parameters
-        arrays = read_weights(raw, expected={name: ((head,), "float64"), **network})
-        release = np.concatenate([arrays[part].astype(np.float64) for part in (name, *network)])
-    else:
-        name = "release"
-        release = read_weights(raw, expected={name: ((size,), "int64")})[name]
+    poisson = isinstance(job.plan.mechanism(purpose), PoissonGaussian)
+    release: npt.NDArray[Any] = _read_update(raw, job) if poisson else read_masked(raw, job, purpose)
     limit = largest_release(job, purpose, site=site)
     # Both ends are looked at as they are: the absolute value of the least int64 is negative.
     if int(release.max()) > limit or int(release.min()) < -limit:
-        raise ModelRefused(f"{name} of {site}: a number exceeds {limit:g} in size; no honest site sends that")
+        raise ModelRefused(f"release of {site}: a number exceeds {limit:g} in size; no honest site sends that")
     return release
+
+
+def read_masked(raw: bytes, job: TrainingJob, purpose: Purpose) -> IntArray:
+    """Integers [numbers] of any size: under masks, they say nothing.
+
+    Raises:
+        ModelRefused: other names, shapes or types.
+    """
+    return read_weights(raw, expected={"release": ((release_size(job, purpose),), "int64")})["release"]
 
 
 def largest_release(job: TrainingJob, purpose: Purpose, *, site: SiteId) -> int:
@@ -118,6 +126,13 @@ def release_size(job: TrainingJob, purpose: Purpose) -> int:
     """How many numbers one release for ``purpose`` holds."""
     _, inputs = job.head_shape()
     return {"centre": inputs - 1, "train": job.parameters, "evaluate": job.spec.grading.grades**2}[purpose]
+
+
+def _read_update(raw: bytes, job: TrainingJob) -> FloatArray:
+    network = _expected_network(job)
+    head = job.parameters - job.spec.model.network_parameters
+    arrays = read_weights(raw, expected={"update": ((head,), "float64"), **network})
+    return np.concatenate([arrays[part].astype(np.float64) for part in ("update", *network)])
 
 
 def _expected_network(job: TrainingJob) -> dict[str, tuple[tuple[int, ...], str]]:

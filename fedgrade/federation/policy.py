@@ -4,7 +4,6 @@ Nothing here is ever read from the wire, and nothing a job says can widen it.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 from fractions import Fraction
 from typing import Literal
 
@@ -17,18 +16,6 @@ from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import Composition
 
 Mode = Literal["local", "distributed", "local_sgd"]
-
-
-class Summation(StrEnum):
-    """Who adds sites' uploads up, and so what a coordinator sees of each.
-
-    ``PLAIN``: the coordinator does, and sees every upload; all there is between machines so far.
-    ``IN_PROCESS``: a stand-in for a secure sum, for trials in which coordinator and sites are one process and one
-    owner. It hides nothing from anybody; whoever constructs a site with it says that there is nobody to hide from.
-    """
-
-    PLAIN = "plain"
-    IN_PROCESS = "in-process"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +126,6 @@ def admit(job: TrainingJob, *, policy: Policy, site: SiteId, declared_items: int
         if not kept:
             raise PolicyViolated(f"job {spec.name}: {broken}")
     _check_epsilon(job, policy=policy)
-
-
-def require_hidden_uploads(job: TrainingJob, summation: Summation) -> None:
-    """Return unless ``job`` counts on a secure sum that ``summation`` is not.
-
-    Raises:
-        PolicyViolated: the noise of one site's upload would be a share only, and the coordinator would see it.
-    """
-    if job.plan.mode == "distributed" and summation is Summation.PLAIN:
-        raise PolicyViolated(
-            f"job {job.spec.name}: privacy.mode 'distributed' adds noise for a secure sum, and uploads travel without "
-            "one, so the coordinator would see each; use privacy.mode 'local'"
-        )
 
 
 def _check_epsilon(job: TrainingJob, *, policy: Policy) -> None:

@@ -15,7 +15,7 @@ from fedgrade.data.manifest import Item, Split
 from fedgrade.errors import JobRefused, ModelRefused
 from fedgrade.evaluation import item_rows
 from fedgrade.federation.holdings import PhotoFeatures
-from fedgrade.federation.payloads import Head, release_size, write_update
+from fedgrade.federation.payloads import Head, release_size, write_release, write_update
 from fedgrade.full_batch import clipped_gradient_sum
 from fedgrade.grading import decide
 from fedgrade.items import PHOTOS_AT_ONCE, ItemBatch, ItemPhotos
@@ -26,7 +26,6 @@ from fedgrade.model.head import grade_probabilities, head_inputs, item_mean, uni
 from fedgrade.model.networks import TrainedExtractor, item_module
 from fedgrade.model.preprocessing import FeatureArray
 from fedgrade.model.spec import ModelSpec
-from fedgrade.model.weights import write_weights
 from fedgrade.privacy.grid import add_noise, grid_rows
 from fedgrade.privacy.noise import discrete_gaussian
 from fedgrade.privacy.plan import LocalSgdSpec
@@ -98,6 +97,20 @@ def compute_release(
     mechanism = job.plan.mechanism(purpose)
     if isinstance(mechanism, PoissonGaussian):
         return write_update(job, _sgd_update(job, head, rows(Split.TRAIN), mechanism, site=site))
+    return write_release(noisy_sum(job, purpose, head, rows=rows))
+
+
+def noisy_sum(job: TrainingJob, purpose: Purpose, head: Head, *, rows: Callable[[Split], SiteRows]) -> IntArray:
+    """The integers [numbers] of one release in a full-batch mode.
+
+    Guarantee: costs exactly ``job.plan.mechanism(purpose)``. Noise is drawn before ``rows`` is first called.
+
+    Raises:
+        JobRefused: the release is no sum of integers.
+    """
+    mechanism = job.plan.mechanism(purpose)
+    if isinstance(mechanism, PoissonGaussian):
+        raise JobRefused(f"{purpose}: a {mechanism.kind} release is no sum of integers")
     noise = discrete_gaussian(release_size(job, purpose), scale=mechanism.scale)
     match purpose:
         case "centre":
@@ -108,7 +121,7 @@ def compute_release(
             total = confusion_sum(job, head, rows(Split.TEST), mechanism)
         case _:
             assert_never(purpose)
-    return write_weights({"release": add_noise(total, noise=noise)}, metadata={})
+    return add_noise(total, noise=noise)
 
 
 def feature_sum(rows: SiteRows, mechanism: DiscreteGaussian) -> IntArray:

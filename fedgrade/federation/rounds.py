@@ -17,13 +17,13 @@ from fedgrade.aggregation.mean import (
     add_update,
     descend,
     final_weights,
-    mean_of_releases,
-    mean_of_updates,
-    sum_of_releases,
+    mean_of_total,
 )
 from fedgrade.errors import LedgerBroken
 from fedgrade.evaluation import ConfusionCounts, metrics
-from fedgrade.federation.conversation import Cohort, Conversation, Gathered
+from fedgrade.federation.conversation import Conversation
+from fedgrade.federation.exchange import Cohort, Exchange
+from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.payloads import Head, write_head
 from fedgrade.federation.release import ModelRelease, publish
 from fedgrade.federation.store import RunState, RunStore
@@ -87,27 +87,30 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     Raises:
         RoundFailed: fewer sites than ``aggregation.minimum_sites`` answered; the checkpoint before it stands.
     """
-    conversation = Conversation(job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds)
-    state = store.load(job) or _start(job)
-    stages = stages_of(job)
-    conversation.admit(log.sealed_head, stood=log.stood(job, stages[: state.next_stage]))
+    exchange = Exchange(job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds)
+    state, stages = store.load(job) or _start(job), stages_of(job)
+    if state.closing is not None:
+        # A crash between checkpoint and ledger; nobody needs to be asked again.
+        log.close_round(state.closing, now=coordinator.clock())
+    conversation = Conversation(exchange, key=coordinator.key, ledger=log.sealed_head, store=store)
+    conversation.admit(stood=log.stood(job, stages[: state.next_stage]))
     for index in range(state.next_stage, len(stages)):
         stage, head = stages[index], _head(job, state, stages[index])
-        # A crash between ledger and checkpoint leaves a stage that is closed already: only its own sites are asked.
-        sites = log.answered(job, stage) or conversation.active
-        gathered = conversation.gather(stage.purpose, stage.round_index, write_head(head), sites=sites)
-        state = _advance(job, state, stage, gathered)
+        gathered = conversation.gather(stage.purpose, stage.round_index, write_head(head))
+        after = _advance(job, state, stage, gathered)
+        closing = _closing(job, stage, gathered, before=head, after=_current_head(job, after))
+        state = replace(after, closing=closing)
         store.keep_receipts(index, gathered.receipts)
         if stage.purpose == "evaluate":
-            store.keep_evaluation(gathered.tensors)
-        log.close_round(job, stage, gathered, before=head, after=_current_head(job, state), now=coordinator.clock())
+            store.keep_evaluation(gathered.tensors, gathered.evidence)
         store.save(state, job)
+        log.close_round(closing, now=coordinator.clock())
         coordinator.report(
             Progress(
                 stage=index + 1,
                 stages=len(stages),
                 purpose=stage.purpose,
-                answered=len(gathered.releases),
+                answered=len(gathered.sites),
                 participants=len(job.participants),
             )
         )
@@ -143,36 +146,20 @@ class RoundLog:
                 stood.update(closed.ledgers)
         return stood
 
-    def answered(self, job: TrainingJob, stage: Stage) -> tuple[SiteId, ...]:
-        """Whose receipts closed this stage; nobody's if it is still open."""
-        standing = self._closed.get((job.digest, stage.purpose, stage.round_index))
-        return tuple(standing.receipts) if standing else ()
-
-    def close_round(
-        self, job: TrainingJob, stage: Stage, gathered: Gathered, *, before: Head, after: Head, now: datetime
-    ) -> None:
-        """Record one stage. After a crash the same stage again must be the same, and is not recorded twice.
+    def close_round(self, closed: RoundClosed, *, now: datetime) -> None:
+        """Record one stage, once.
 
         Raises:
             LedgerBroken: the stage stands in the ledger with other weights or receipts.
         """
-        closed = RoundClosed(
-            job=job.digest,
-            round_index=stage.round_index,
-            attempt=0,
-            purpose=stage.purpose,
-            receipts={site: digest(line) for site, line in sorted(gathered.receipts.items())},
-            ledgers=dict(sorted(gathered.ledgers.items())),
-            weights_before=digest(write_head(before)),
-            weights_after=digest(write_head(after)),
-        )
-        standing = self._closed.get((job.digest, stage.purpose, stage.round_index))
+        place = closed.job, closed.purpose, closed.round_index
+        standing = self._closed.get(place)
         if standing is None:
             self._writer.append(closed, now=now)
-            self._closed[job.digest, stage.purpose, stage.round_index] = closed
+            self._closed[place] = closed
         elif standing != closed:
             raise LedgerBroken(
-                f"{stage.purpose} round {stage.round_index}: was closed with other replies before a crash; the "
+                f"{closed.purpose} round {closed.round_index}: was closed with other replies before a crash; the "
                 "coordinator's ledger and its checkpoint do not belong together"
             )
 
@@ -208,20 +195,19 @@ def _start(job: TrainingJob) -> RunState:
 
 
 def _advance(job: TrainingJob, state: RunState, stage: Stage, gathered: Gathered) -> RunState:
-    """The state after one stage's releases: pure arithmetic on public numbers."""
-    answered = {site: state.contributions.get(site, 0) + 1 for site in gathered.releases}
+    """The state after one stage's result: pure arithmetic on public numbers."""
+    answered = {site: state.contributions.get(site, 0) + 1 for site in gathered.sites}
     state = replace(state, next_stage=state.next_stage + 1, contributions={**state.contributions, **answered})
     match stage.purpose:
         case "centre":
-            declared = sum(job.declared_items[site] for site in gathered.releases)
-            centre = mean_of_releases(
-                gathered.releases.values(), max_norm=1.0, mechanism=job.plan.centre, declared_items=declared
+            centre = mean_of_total(
+                gathered.result, max_norm=1.0, mechanism=job.plan.centre, declared_items=_declared(job, gathered)
             )
             return replace(state, centre=centre)
         case "train":
             return replace(state, server=_train(job, state.server, stage.round_index, gathered))
         case "evaluate":
-            total = from_grid(sum_of_releases(gathered.releases.values()), max_norm=1.0, mechanism=job.plan.evaluate)
+            total = from_grid(gathered.result, max_norm=1.0, mechanism=job.plan.evaluate)
             grades = job.spec.grading.grades
             return replace(state, counts=ConfusionCounts.of(total.reshape(grades, grades)))
 
@@ -229,15 +215,33 @@ def _advance(job: TrainingJob, state: RunState, stage: Stage, gathered: Gathered
 def _train(job: TrainingJob, server: ServerState, round_index: int, gathered: Gathered) -> ServerState:
     spec, rounds, mechanism = job.spec.aggregation, job.plan.rounds, job.plan.train
     if isinstance(mechanism, DiscreteGaussian):
-        gradient = mean_of_releases(
-            gathered.releases.values(),
+        gradient = mean_of_total(
+            gathered.result,
             max_norm=job.plan.max_grad_norm,
             mechanism=mechanism,
-            declared_items=sum(job.declared_items[site] for site in gathered.releases),
+            declared_items=_declared(job, gathered),
         )
         return descend(server, gradient, spec=spec, round_index=round_index, rounds=rounds)
-    updates = [(release, job.declared_items[site]) for site, release in gathered.releases.items()]
-    return add_update(server, mean_of_updates(updates), spec=spec, round_index=round_index, rounds=rounds)
+    return add_update(server, gathered.result, spec=spec, round_index=round_index, rounds=rounds)
+
+
+def _declared(job: TrainingJob, gathered: Gathered) -> int:
+    """What the sites in a result declared of their size, together."""
+    return sum(job.declared_items[site] for site in gathered.sites)
+
+
+def _closing(job: TrainingJob, stage: Stage, gathered: Gathered, *, before: Head, after: Head) -> RoundClosed:
+    """What the coordinator's ledger says of one stage."""
+    return RoundClosed(
+        job=job.digest,
+        round_index=stage.round_index,
+        attempt=gathered.attempt,
+        purpose=stage.purpose,
+        receipts={site: digest(line) for site, line in sorted(gathered.receipts.items())},
+        ledgers=dict(sorted(gathered.ledgers.items())),
+        weights_before=digest(write_head(before)),
+        weights_after=digest(write_head(after)),
+    )
 
 
 def _head(job: TrainingJob, state: RunState, stage: Stage) -> Head:

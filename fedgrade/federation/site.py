@@ -7,14 +7,15 @@ against them. It knows no network; a door hands it bytes and carries bytes away.
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
 from fedgrade.data.manifest import Split
 from fedgrade.errors import (
     AlreadyCharged,
+    AttemptOver,
     BudgetExceeded,
     DataRefused,
     FedgradeError,
@@ -24,12 +25,13 @@ from fedgrade.errors import (
     ModelRefused,
     PolicyViolated,
 )
-from fedgrade.federation.charging import Ask, Charging, require_company
-from fedgrade.federation.holdings import Holdings, SiteData, read_holdings
-from fedgrade.federation.members import Members
+from fedgrade.federation.charging import Ask, Charging, Reserved
+from fedgrade.federation.holdings import SiteData, read_holdings
 from fedgrade.federation.messages import (
     AdmitRequest,
     Admitted,
+    CommitRequest,
+    Committed,
     ContributeRequest,
     Contribution,
     Opened,
@@ -37,19 +39,26 @@ from fedgrade.federation.messages import (
     RefusalCode,
     Reply,
     Request,
+    Revealed,
+    RevealRequest,
+    Said,
+    Voted,
+    VoteRequest,
     read_message,
     write_message,
 )
 from fedgrade.federation.outbox import Outbox
-from fedgrade.federation.payloads import read_head
-from fedgrade.federation.policy import Policy, Summation, admit, require_hidden_uploads
-from fedgrade.federation.releases import SiteRows, compute_release, load_rows
+from fedgrade.federation.payloads import Head, read_head, write_release
+from fedgrade.federation.policy import Policy, admit
+from fedgrade.federation.releases import SiteRows, compute_release, load_rows, noisy_sum
+from fedgrade.federation.site_accounts import OpenJob, SiteAccounts
+from fedgrade.federation.sum_desk import SumDesk
 from fedgrade.federation.witness import require_growth
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SigningKey, SiteId
-from fedgrade.trust.records import AccountKey, Partition
+from fedgrade.trust.records import Purpose
 from fedgrade.trust.transparency import open_head
 
 logger = logging.getLogger(__name__)
@@ -79,18 +88,17 @@ class Site:
         charging: Charging,
         outbox: Outbox,
         members: Path,
-        summation: Summation = Summation.PLAIN,
     ) -> None:
         self._identity = identity
         self._data = data
         self._policy = policy
         self._charging = charging
         self._outbox = outbox
-        self._summation = summation
         # A deterministic signature is a secret that only this key can make: commitments bind and reveal nothing.
         self._secret = hashlib.sha256(identity.key.sign(b"fedgrade manifest commitment 1")).digest()
-        self._members = Members(members, secret=self._secret)
-        self._jobs: dict[str, _OpenJob] = {}
+        self._accounts = SiteAccounts(charging, members=members, secret=self._secret, lineage=data.lineage)
+        self._sums = SumDesk(site=identity.site, key=identity.key, roster=identity.roster)
+        self._jobs: dict[str, OpenJob] = {}
         self._one_at_a_time = threading.Lock()
 
     def answer(self, raw: bytes) -> bytes:
@@ -115,8 +123,14 @@ class Site:
         match document.body:
             case AdmitRequest():
                 return self._admit(document, document.body, request_digest)
+            case CommitRequest():
+                return self._commit(document.job, document.body, request_digest)
             case ContributeRequest():
                 return self._contribute(request, document.body, request_digest)
+            case VoteRequest():
+                return self._reply(Voted(vote=self._sums.vote(document.body.survivors)), request_digest)
+            case RevealRequest():
+                return self._reply(Revealed(shares=self._sums.reveal(document.body.votes)), request_digest)
             case _:
                 assert_never(document.body)
 
@@ -125,15 +139,19 @@ class Site:
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
         seen = self._require_watched(body)
-        members = self._require_apart(opened.holdings)
-        accounts = self._affordable(opened)
+        members = self._accounts.require_apart(opened.holdings)
+        accounts = self._accounts.affordable(opened, self._policy)
         self._data.photos.prepare(opened.job.spec.model, opened.holdings.photos)
-        self._put_under_account(opened.holdings, members)
+        self._accounts.put_under_account(opened.holdings, members)
         self._charging.accept(opened.job, envelope=body.job_envelope, accounts=accounts)
         self._charging.witness(body.ledger)
         self._jobs = {opened.job.digest: opened}
         logger.info("job %s admitted, epsilon %s planned", opened.job.spec.name, opened.job.spec.privacy.target_epsilon)
-        admitted = Admitted(head=self._charging.sealed_head, consistency=self._charging.growth_since(seen))
+        admitted = Admitted(
+            head=self._charging.sealed_head,
+            consistency=self._charging.growth_since(seen),
+            share_key=self._sums.share_key(opened.job),
+        )
         return self._reply(admitted, request_digest)
 
     def _require_watched(self, body: AdmitRequest) -> int:
@@ -145,60 +163,80 @@ class Site:
         self._charging.require_begins_with(seen)
         return seen.entries
 
-    def _contribute(self, request: Opened[Request], body: ContributeRequest, request_digest: str) -> bytes:
-        opened = self._opened(request.document.job)
-        plan = opened.job.plan
-        ask = Ask(job=opened.job.digest, purpose=body.purpose, round_index=body.round_index, attempt=body.attempt)
-        if not 0 <= body.round_index < (plan.rounds if body.purpose == "train" else 1) or body.attempt < 0:
-            raise MessageRefused(f"{body.purpose} round {body.round_index}: the plan has no such round")
+    def _commit(self, job: str, body: CommitRequest, request_digest: str) -> bytes:
+        """Take part in a secure sum, if this site could answer and pay when its turn comes."""
+        task = body.proposal.terms.task
+        opened, ask = self._asked(job, task.purpose, task.round_index, task.attempt)
+        self._accounts.payers(opened, ask, self._policy)
+        commitment = self._sums.commit(opened.job, ask, body.proposal, policy=self._policy)
+        return self._reply(Committed(commitment=commitment), request_digest)
+
+    def _asked(self, job: str, purpose: Purpose, round_index: int, attempt: int) -> tuple[OpenJob, Ask]:
+        """The job, and the place in it that is asked for, which its plan has and which nothing was charged for yet."""
+        opened = self._opened(job)
+        if not 0 <= round_index < (opened.job.plan.rounds if purpose == "train" else 1) or attempt < 0:
+            raise MessageRefused(f"{purpose} round {round_index}: the plan has no such round")
+        ask = Ask(job=opened.job.digest, purpose=purpose, round_index=round_index, attempt=attempt)
         self._charging.require_fresh(ask, maximum_attempts=self._policy.maximum_attempts)
+        return opened, ask
+
+    def _contribute(self, request: Opened[Request], body: ContributeRequest, request_digest: str) -> bytes:
+        opened, ask = self._asked(request.document.job, body.purpose, body.round_index, body.attempt)
         head = read_head(request.tensors, opened.job)
-        accounts = self._payers(opened, ask)
+        accounts = self._accounts.payers(opened, ask, self._policy)
+        weights = request.document.tensors_digest
+        transcript = self._sums.confirm(opened.job, ask, body.commitments, weights_digest=weights)
         # Charge before any photo is read: a crash may waste budget but can never hide a release.
         reserved = self._charging.reserve(
             ask,
             accounts=accounts,
-            mechanism=plan.mechanism(body.purpose),
+            mechanism=opened.job.plan.mechanism(ask.purpose),
             ceiling=self._policy.ceiling,
-            weights_digest=request.document.tensors_digest,
+            weights_digest=weights,
+            transcript=transcript or "",
         )
-        cohorts = frozenset(account.cohort for account in reserved.accounts)
         try:
-            tensors = compute_release(
-                opened.job,
-                body.purpose,
-                head,
-                site=self._identity.site,
-                rows=lambda split: self._rows(opened, split, cohorts),
-            )
+            masked, tensors = self._released(opened, ask, head, reserved, under_masks=transcript is not None)
         except Exception as error:
+            self._sums.forget()
             self._charging.abort(reserved=reserved, reason=type(error).__name__)
             if isinstance(error, FedgradeError):
                 # Whatever stopped a release may follow from a single item: the reason stays in this site's log.
-                raise DataRefused(f"{body.purpose} round {body.round_index}: {error}") from error
+                raise DataRefused(f"{ask.purpose} round {ask.round_index}: {error}") from error
             raise
         receipt = self._charging.commit(ask, reserved=reserved, message_digest=digest(tensors))
         contribution = Contribution(
-            purpose=body.purpose,
-            round_index=body.round_index,
-            attempt=body.attempt,
+            purpose=ask.purpose,
+            round_index=ask.round_index,
+            attempt=ask.attempt,
             receipt=receipt.line.decode(),
             head=self._charging.sealed_head,
+            masked=masked,
         )
         reply = self._reply(contribution, request_digest, tensors=tensors)
         self._outbox.keep(request_digest, reply)
-        logger.info("%s round %d answered", body.purpose, body.round_index)
+        logger.info("%s round %d answered", ask.purpose, ask.round_index)
         return reply
 
-    def _read_job(self, envelope: str) -> "_OpenJob":
+    def _released(
+        self, opened: OpenJob, ask: Ask, head: Head, reserved: Reserved, *, under_masks: bool
+    ) -> tuple[str, bytes]:
+        """The arrays of the release that was ``reserved``, and what vouches for them if they are under masks."""
+        cohorts = frozenset(account.cohort for account in reserved.accounts)
+        rows = partial(self._rows, opened, cohorts)
+        if not under_masks:
+            return "", compute_release(opened.job, ask.purpose, head, site=self._identity.site, rows=rows)
+        upload = self._sums.mask(noisy_sum(opened.job, ask.purpose, head, rows=rows))
+        return upload.document.decode(), write_release(upload.vector)
+
+    def _read_job(self, envelope: str) -> OpenJob:
         """The sealed job, checked against this site's policy and read together with this site's manifest."""
         coordinator = self._identity.roster.coordinator
         job = open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
         admit(job, policy=self._policy, site=self._identity.site, declared_items=self._data.declared_items)
-        require_hidden_uploads(job, self._summation)
         self._require_known(job)
         holdings = read_holdings(self._data, grading=job.spec.grading, policy=self._policy, secret=self._secret)
-        return _OpenJob(job=job, holdings=holdings)
+        return OpenJob(job=job, holdings=holdings)
 
     def _require_known(self, job: TrainingJob) -> None:
         """Refuse a job with participants whom this site's own roster does not name: they would hide nobody."""
@@ -206,101 +244,22 @@ class Site:
         if strangers:
             raise PolicyViolated(f"job {job.spec.name}: participant {strangers[0]} is not on this site's roster")
 
-    def _opened(self, job_digest: str) -> "_OpenJob":
+    def _opened(self, job_digest: str) -> OpenJob:
         if job_digest not in self._jobs:
             # After a restart: the ledger remembers what was admitted, and policy is asked once more.
             opened = self._read_job(self._charging.accepted(job_digest).job_envelope)
             # The partner may have moved its ceiling meanwhile; charges must stand under the one on record.
-            self._put_under_account(opened.holdings, self._require_apart(opened.holdings))
+            self._accounts.put_under_account(opened.holdings, self._accounts.require_apart(opened.holdings))
             self._jobs = {job_digest: opened}
         return self._jobs[job_digest]
 
-    def _require_apart(self, holdings: Holdings) -> Mapping[str, frozenset[str]]:
-        """Who is in which cohort, if all of ``holdings`` may stand beside what is under account; writes nothing.
-
-        Raises:
-            LedgerBroken: terms differ from those on record, or an item would get a second budget.
-        """
-        for holding in holdings.cohorts.values():
-            self._charging.require_standing(holding.dataset)
-        manifests = {cohort: holding.manifest for cohort, holding in holdings.cohorts.items()}
-        return self._members.require_apart(manifests, lineage=self._data.lineage, opened=self._charging.opened)
-
-    def _put_under_account(self, holdings: Holdings, members: Mapping[str, frozenset[str]]) -> None:
-        # Members first: after a crash in between, a cohort that the ledger does not know is simply listed anew.
-        self._members.keep(members)
-        for holding in holdings.cohorts.values():
-            self._charging.open_dataset(holding.dataset)
-
-    def _affordable(self, opened: "_OpenJob") -> tuple[AccountKey, ...]:
-        """The accounts whose lifetime budget bears the whole job; the others stay out of it.
-
-        Raises:
-            BudgetExceeded: on one side none does; nothing is spent on a job that could not be finished.
-            PolicyViolated: too few items are left to hide among.
-        """
-        plan, job, ceiling = opened.job.plan, opened.job.digest, self._policy.ceiling
-        if self._charging.has_begun(job):
-            # Shown again by a coordinator that resumes: part of the plan is in the spending already, and what is left
-            # meets the ceiling at each reservation.
-            return self._charging.accepted(job).accounts
-        train = self._charging.solvent(
-            self._accounts(opened, "train"),
-            ceiling=ceiling,
-            charge=lambda spending: plan.charge_training(spending, job=job),
-        )
-        test = self._charging.solvent(
-            self._accounts(opened, "test"),
-            ceiling=ceiling,
-            charge=lambda spending: plan.charge_evaluation(spending, job=job),
-        )
-        for side in (train, test):
-            self._require_company(opened, side)
-        return train + test
-
-    def _accounts(self, opened: "_OpenJob", partition: Partition) -> tuple[AccountKey, ...]:
-        """The accounts of every cohort on one side."""
-        return tuple(
-            self._charging.account(holding.dataset, partition=partition)
-            for _, holding in sorted(opened.holdings.cohorts.items())
-        )
-
-    def _payers(self, opened: "_OpenJob", ask: Ask) -> tuple[AccountKey, ...]:
-        """The accounts admitted to the job that can pay for ``ask``, as the ledger has it.
-
-        Raises:
-            LedgerBroken: one of those admitted is of a cohort that is listed no more.
-            BudgetExceeded: none can.
-            PolicyViolated: too few items are left to hide among.
-        """
-        partition: Partition = "test" if ask.purpose == "evaluate" else "train"
-        admitted = self._charging.accepted(ask.job).accounts
-        accounts = tuple(account for account in admitted if account.partition == partition)
-        for account in accounts:
-            # Nobody's items may be read at the expense of others.
-            if account not in self._accounts(opened, partition):
-                raise LedgerBroken(
-                    f"data {account.lineage}/{account.cohort}: was admitted to job {opened.job.spec.name} and is "
-                    "listed no more; list it again, or let the job end without this site"
-                )
-        mechanism, ceiling = opened.job.plan.mechanism(ask.purpose), self._policy.ceiling
-        paying = self._charging.payers(ask, accounts=accounts, mechanism=mechanism, ceiling=ceiling)
-        # Attempts beyond the plan use budget up, so that a few items may be left alone in mid-job.
-        self._require_company(opened, paying)
-        return paying
-
-    def _require_company(self, opened: "_OpenJob", paying: tuple[AccountKey, ...]) -> None:
-        """Refuse what only cohorts with too few items together can pay for."""
-        items = opened.holdings.declared_items(frozenset(account.cohort for account in paying))
-        require_company(opened.job, items=items, policy_minimum=self._policy.minimum_items)
-
-    def _rows(self, opened: "_OpenJob", split: Split, cohorts: frozenset[str]) -> SiteRows:
+    def _rows(self, opened: OpenJob, cohorts: frozenset[str], split: Split) -> SiteRows:
         if (split, cohorts) not in opened.rows:
             items = opened.holdings.items(split, cohorts=cohorts)
             opened.rows[split, cohorts] = load_rows(self._data.photos, opened.job.spec.model, items, split)
         return opened.rows[split, cohorts]
 
-    def _reply(self, body: Admitted | Contribution | Refusal, request_digest: str, *, tensors: bytes = b"") -> bytes:
+    def _reply(self, body: Said, request_digest: str, *, tensors: bytes = b"") -> bytes:
         reply = Reply(
             site=self._identity.site, request_digest=request_digest, body=body, tensors_digest=digest(tensors)
         )
@@ -320,19 +279,11 @@ class Site:
         return self._reply(Refusal(code=code, reason=reason[:MAX_REASON]), request_digest)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _OpenJob:
-    """A job that was admitted, what this site holds for it, and the rows loaded so far, by side and cohorts."""
-
-    job: TrainingJob
-    holdings: Holdings
-    rows: dict[tuple[Split, frozenset[str]], SiteRows] = field(default_factory=dict, repr=False)
-
-
 _CODES: tuple[tuple[type[Exception], RefusalCode], ...] = (
     (PolicyViolated, "policy"),
     (BudgetExceeded, "budget"),
     (AlreadyCharged, "spent"),
+    (AttemptOver, "attempt"),
     (MessageRefused, "stale"),
     (DataRefused, "data"),
     (LedgerUnavailable, "ledger"),

@@ -11,23 +11,38 @@ import numpy as np
 import numpy.typing as npt
 
 from fedgrade.aggregation.mean import ServerState
+from fedgrade.aggregation.secure_sum.documents import SumTerms
+from fedgrade.aggregation.secure_sum.evidence import SumEvidence
 from fedgrade.errors import DocumentRefused, ModelRefused
 from fedgrade.evaluation import ConfusionCounts
 from fedgrade.job import TrainingJob
 from fedgrade.model.weights import read_weights, write_weights
 from fedgrade.trust.canonical import decode, digest, encode
 from fedgrade.trust.identity import SiteId
+from fedgrade.trust.records import Purpose, RoundClosed
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands: ``next_stage`` counts the stages done; arrays are the coordinator's own, all public."""
+    """Where a run stands: ``next_stage`` counts the stages done; arrays are the coordinator's own, all public.
+
+    ``closing`` is what the coordinator's ledger is to say of the last of them; a crash may come before it does.
+    """
 
     next_stage: int
     centre: npt.NDArray[np.float64]
     server: ServerState
     counts: ConfusionCounts
     contributions: dict[SiteId, int]
+    closing: RoundClosed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BegunSum:
+    """An attempt at a secure sum for which sites may have charged: its terms, and everybody's commitment to them."""
+
+    terms: SumTerms
+    commitments: dict[SiteId, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +52,7 @@ class _Checkpoint:
     averaged: int
     counts: ConfusionCounts
     contributions: dict[SiteId, int]
+    closing: RoundClosed | None
     tensors: str
 
 
@@ -47,6 +63,7 @@ class RunStore:
         self.folder = folder
         self._checkpoints = folder / "checkpoint"
         self._receipts = folder / "receipts"
+        self._sum = self._checkpoints / "sum.json"
         for path in (self._checkpoints, self._receipts):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -72,6 +89,7 @@ class RunStore:
             averaged=state.server.averaged,
             counts=state.counts,
             contributions=state.contributions,
+            closing=state.closing,
             tensors=digest(tensors),
         )
         path = self._checkpoints / f"{checkpoint.tensors}.safetensors"
@@ -114,7 +132,24 @@ class RunStore:
             server=server,
             counts=checkpoint.counts,
             contributions=checkpoint.contributions,
+            closing=checkpoint.closing,
         )
+
+    def keep_sum(self, begun: BegunSum) -> None:
+        """Store the attempt that sites are about to charge for; it takes the place of the one before."""
+        write_durably(self._sum, encode(begun))
+
+    def begun_sum(self, job: TrainingJob, *, purpose: Purpose, round_index: int) -> BegunSum | None:
+        """The attempt that was begun at this place of ``job``, if any was.
+
+        Raises:
+            DocumentRefused: the file is damaged.
+        """
+        if not self._sum.exists():
+            return None
+        begun = decode(BegunSum, self._sum.read_bytes(), what=f"attempt {self._sum}")
+        task = begun.terms.task
+        return begun if (task.job, task.purpose, task.round_index) == (job.digest, purpose, round_index) else None
 
     def keep_receipts(self, stage: int, receipts: dict[SiteId, bytes]) -> None:
         """Store the receipts of one stage, one file a stage and site; the same stage again overwrites itself."""
@@ -128,15 +163,22 @@ class RunStore:
             folder.mkdir(exist_ok=True)
             write_durably(folder / name, line)
 
-    def keep_evaluation(self, tensors: dict[SiteId, bytes]) -> None:
-        """Store what sites released in the evaluation, byte for byte: a verifier adds the counts up again from it."""
+    def keep_evaluation(self, tensors: dict[SiteId, bytes], evidence: SumEvidence | None) -> None:
+        """Store what sites sent in the evaluation, byte for byte: a verifier adds the counts up again from it."""
         folder = self.folder / "evaluation"
         folder.mkdir(exist_ok=True)
+        if evidence is not None:
+            write_durably(evidence_file(self.folder), encode(evidence))
         for stale in folder.glob("*.safetensors"):
             if stale.stem not in tensors:
                 stale.unlink()
         for site, raw in tensors.items():
             write_durably(evaluation_file(self.folder, site), raw)
+
+
+def evidence_file(folder: Path) -> Path:
+    """Where the job folder ``folder`` has what sites signed in the secure sum of the evaluation."""
+    return folder / "evaluation" / "sum.json"
 
 
 def evaluation_file(folder: Path, site: SiteId) -> Path:

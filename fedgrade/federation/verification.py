@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from fedgrade.aggregation.mean import sum_of_releases
-from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken, ModelRefused
-from fedgrade.evaluation import ConfusionCounts, metrics
+from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
+from fedgrade.evaluation import metrics
 from fedgrade.federation.claims import (
     Claim,
     claims_in,
@@ -23,15 +22,14 @@ from fedgrade.federation.claims import (
     require_stages_closed,
 )
 from fedgrade.federation.membership import members_after, with_former
-from fedgrade.federation.payloads import read_release
 from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Stage, stages_of
 from fedgrade.federation.site_proof import Charge, SiteProof, prove_site
-from fedgrade.federation.store import evaluation_file
+from fedgrade.federation.sum_proof import evaluation_counts, require_one_attempt
+from fedgrade.federation.sum_task import sums
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.accounting import zcdp_epsilon
 from fedgrade.privacy.budget import Spending
-from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.enrolment import Membership
@@ -39,8 +37,6 @@ from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
 from fedgrade.trust.ledger import GENESIS_PREVIOUS, MAX_ENTRY_BYTES, open_receipt, read_lines
 from fedgrade.trust.records import Commit, DiscreteGaussian, Genesis, Released, RoundClosed
 from fedgrade.trust.transparency import MerkleTree
-
-MAX_EVALUATION_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +191,8 @@ def _prove_job(
         _check_receipts(where / "receipts", stage, body, sites=sites, roster=roster)
         for stage, body in enumerate(closed)
     ]
+    for stage, body in enumerate(closed):
+        require_one_attempt(where / "receipts", stage, body, commits[stage], under_masks=sums(job), sites=sites)
     _check_weight_chain(closed, where=f"job {job_digest[:16]}")
     release = None
     if published.get(job_digest):
@@ -202,7 +200,7 @@ def _prove_job(
         if release.digest not in published[job_digest] or release.release.job.digest != job_digest:
             raise LedgerBroken(f"release {where}: is not the one that the coordinator's ledger says it published")
         _check_release(release, closed, where=f"release {where}")
-        if release.release.counts != _counts(where, job, commits[-1]):
+        if release.release.counts != evaluation_counts(where, job, commits[-1], roster=roster):
             raise LedgerBroken(f"release {where}: the counts it states are not the sum of what the sites released")
     return JobProof(job=job, rounds=tuple(closed), release=release, observers=_observers(job, closed, sites))
 
@@ -286,27 +284,6 @@ def _check_weight_chain(closed: list[RoundClosed], *, where: str) -> None:
     for before, after in itertools.pairwise(steps):
         if before.weights_after != after.weights_before:
             raise LedgerBroken(f"{where}: {after.purpose} round {after.round_index} did not start where the last ended")
-
-
-def _counts(folder: Path, job: TrainingJob, commits: Mapping[SiteId, Commit]) -> ConfusionCounts:
-    """The confusion counts that the evaluation's own releases add up to, each the one that its site's receipt names."""
-    releases = []
-    for site, commit in commits.items():
-        path = evaluation_file(folder, site)
-        try:
-            with path.open("rb") as file:
-                raw = file.read(MAX_EVALUATION_BYTES)
-        except OSError as error:
-            raise LedgerBroken(f"evaluation {path}: cannot be read ({error.strerror})") from error
-        if digest(raw) != commit.message_digest:
-            raise LedgerBroken(f"evaluation {path}: is not the release that the receipt of {site} names")
-        try:
-            releases.append(read_release(raw, job, "evaluate", site=site))
-        except ModelRefused as error:
-            raise LedgerBroken(f"evaluation {path}: {error}") from error
-    total = from_grid(sum_of_releases(releases), max_norm=1.0, mechanism=job.plan.evaluate)
-    grades = job.spec.grading.grades
-    return ConfusionCounts.of(total.reshape(grades, grades))
 
 
 def _check_release(release: OpenedRelease, closed: list[RoundClosed], *, where: str) -> None:

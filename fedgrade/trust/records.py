@@ -183,6 +183,9 @@ class Reserve:
 
     Each of ``accounts`` pays the whole cost: they are one side of different cohorts, an item is in exactly one of them,
     and so the release costs each item once (parallel composition; McSherry 2009, doi 10.1145/1559845.1559850).
+
+    ``transcript`` is that of the secure sum in which the release leaves under masks (docs/secure-sum.md), and empty
+    where it leaves as it is: it stands for everything that all sites of the attempt signed before.
     """
 
     kind: Literal["reserve"] = "reserve"
@@ -193,10 +196,13 @@ class Reserve:
     accounts: tuple[AccountKey, ...]
     mechanism: Mechanism
     weights_digest: str
+    transcript: str = ""
     epsilon_limit: Fraction
     delta: Fraction
 
     def __post_init__(self) -> None:
+        if self.transcript and not SHA256.fullmatch(self.transcript):
+            raise DocumentRefused(f"reserve: transcript {self.transcript[:80]!r} must be a SHA-256 in hexadecimal")
         sides = {(one.partner, one.lineage, one.partition, one.unit) for one in self.accounts}
         cohorts = {one.cohort for one in self.accounts}
         if len(sides) != 1 or len(cohorts) != len(self.accounts):

@@ -12,7 +12,7 @@ from fedgrade.aggregation.mean import (
     add_update,
     descend,
     final_weights,
-    mean_of_releases,
+    mean_of_total,
     mean_of_updates,
     sum_of_releases,
 )
@@ -42,7 +42,7 @@ def test_two_sites_mean_by_hand():
     # Clip 2, grid 8: one cell is 1/4. Sums (12, -8) and (4, 0) of 3 and 1 declared items: (16, -8)/4/4 = (1, -0.5).
     mechanism = DiscreteGaussian(sensitivity=8, scale=1)
     parts = [np.array([12, -8]), np.array([4, 0])]
-    mean = mean_of_releases(parts, max_norm=2.0, mechanism=mechanism, declared_items=4)
+    mean = mean_of_total(sum_of_releases(parts), max_norm=2.0, mechanism=mechanism, declared_items=4)
     assert mean.tolist() == [1.0, -0.5]
 
 
@@ -51,8 +51,8 @@ def test_how_items_are_spread_over_sites_does_not_change_the_mean(rows, split):
     grid = grid_rows(rows, max_norm=2.0, mechanism=MECHANISM)
     apart = [grid[:split].sum(axis=0), grid[split:].sum(axis=0)]
     arguments = {"max_norm": 2.0, "mechanism": MECHANISM, "declared_items": 6}
-    together = mean_of_releases([grid.sum(axis=0)], **arguments)
-    np.testing.assert_array_equal(mean_of_releases(apart, **arguments), together)
+    together = mean_of_total(grid.sum(axis=0), **arguments)
+    np.testing.assert_array_equal(mean_of_total(sum_of_releases(apart), **arguments), together)
     np.testing.assert_allclose(together, rows.mean(axis=0), atol=1e-5)
 
 

@@ -39,7 +39,7 @@ from fedgrade.federation.messages import (
 )
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.payloads import Head, write_head
-from fedgrade.federation.policy import Policy, Summation
+from fedgrade.federation.policy import Policy
 from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
 from fedgrade.federation.site import Site, SiteIdentity
@@ -84,6 +84,7 @@ DISTRIBUTED = replace(
         target_epsilon=20.0, floor_epsilon=60.0, delta=1e-5, evaluation_epsilon=40.0, centre_share=0.2, rounds=2,
         max_grad_norm=1.0,
     ),
+    aggregation=replace(SPEC.aggregation, method="secure_sum"),
 )  # fmt: skip
 # Much noise, because little of it takes the accountants longest.
 LOCAL_SGD = replace(
@@ -234,7 +235,6 @@ class SmallFederation:
         *,
         policy: Policy = POLICY,
         photos: PhotoFeatures | None = None,
-        summation: Summation = Summation.PLAIN,
         cohorts: Mapping[str, tuple[str, int]] = ONE_COHORT,
         photos_per_item: int = 9,
     ) -> Iterator[Site]:
@@ -259,7 +259,6 @@ class SmallFederation:
                 charging=charging,
                 outbox=outbox,
                 members=folder / "members.json",
-                summation=summation,
             )
 
     @contextmanager

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 
 from fedgrade.errors import DocumentRefused, PolicyViolated
-from fedgrade.federation.policy import Summation, admit, require_hidden_uploads
+from fedgrade.federation.policy import admit
 from fedgrade.job import plan_job
 from fedgrade.trust.canonical import decode_yaml
-from tests.federation.small_federation import DECLARED, DISTRIBUTED, NAMES, POLICY, SPEC, with_privacy
+from tests.federation.small_federation import DECLARED, NAMES, POLICY, SPEC, with_privacy
 
 ITEMS = dict.fromkeys(NAMES, DECLARED)
 TWO = dict.fromkeys(NAMES[:2], DECLARED)
@@ -52,13 +52,6 @@ def test_a_line_is_one_line():
     with pytest.raises(PolicyViolated) as refused:
         admitted(planned(), replace(POLICY, minimum_participants=4))
     assert "\n" not in str(refused.value)
-
-
-def test_noise_shares_never_leave_in_plain():
-    with pytest.raises(PolicyViolated, match=r"'distributed'.*use privacy.mode 'local'"):
-        require_hidden_uploads(planned(DISTRIBUTED), Summation.PLAIN)
-    require_hidden_uploads(planned(DISTRIBUTED), Summation.IN_PROCESS)
-    require_hidden_uploads(planned(), Summation.PLAIN)
 
 
 @pytest.mark.parametrize(

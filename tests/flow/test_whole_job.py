@@ -2,9 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedgrade.errors import RoundFailed
 from fedgrade.federation.in_process import InProcessCohort
-from fedgrade.federation.policy import Summation
 from fedgrade.federation.verification import verify_federation
 from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec, LocalSpec, observer_epsilons
 from tests.federation.small_federation import DISTRIBUTED, LOCAL_SGD, NAMES, POLICY, PRIVACY, with_privacy
@@ -66,7 +64,7 @@ def test_local_sgd_runs_to_a_release_that_verifies(federation):
 def test_distributed_mode_runs_where_coordinator_and_sites_are_one_process(federation):
     policy = replace(POLICY, modes=("distributed",), epsilon_per_job=60.0)
     job = federation.job(DISTRIBUTED)
-    federation.run_in_process(job, policy=policy, summation=Summation.IN_PROCESS)
+    federation.run_in_process(job, policy=policy)
     seen = verify_federation(federation.root).jobs[job.digest].observers[NAMES[0]]
     assert seen.model_holder <= seen.other_partner <= DISTRIBUTED.privacy.target_epsilon
     assert seen.full_collusion <= DISTRIBUTED.privacy.floor_epsilon
@@ -75,17 +73,10 @@ def test_distributed_mode_runs_where_coordinator_and_sites_are_one_process(feder
 def test_distributed_mode_keeps_its_target_although_a_site_stays_silent(federation):
     policy = replace(POLICY, modes=("distributed",), epsilon_per_job=60.0)
     job = federation.job(DISTRIBUTED)
-    with federation.answers(policy=policy, summation=Summation.IN_PROCESS) as answers:
+    with federation.answers(policy=policy) as answers:
         federation.run(job, InProcessCohort(sites={name: answers[name] for name in NAMES[:2]}))
     seen = verify_federation(federation.root).jobs[job.digest].observers[NAMES[0]]
     assert seen.coordinator <= seen.other_partner <= DISTRIBUTED.privacy.target_epsilon
-
-
-def test_distributed_mode_is_refused_where_uploads_would_travel_in_plain(federation):
-    policy = replace(POLICY, modes=("distributed",), epsilon_per_job=60.0)
-    with pytest.raises(RoundFailed, match=r"refused \(policy\).*the coordinator would see each"):
-        federation.run_in_process(federation.job(DISTRIBUTED), policy=policy)
-    assert all(federation.charges(site) == [] for site in NAMES)
 
 
 def test_the_spec_of_every_mode_is_covered_here():

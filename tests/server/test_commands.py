@@ -120,12 +120,12 @@ def test_runs_over_one_federation_add_up_until_the_recyclers_refuse(typed, runs)
     assert "release" not in out
 
 
-def test_noise_for_a_secure_sum_is_refused_by_real_sites(typed, runs):
+def test_shares_of_noise_without_a_secure_sum_are_refused_before_anything_is_made(typed, runs):
     folder = runs / "distributed"
     line = refused(typed, "run", "--federation", folder, "--engine", "in-process", *QUICK, "privacy=distributed")
-    assert "refused (policy)" in line
-    assert "the coordinator would see each" in line
-    assert all(proof.charges == {} for proof in verify_federation(folder).sites.values())
+    assert "aggregation.method: 'mean' would show the coordinator each upload" in line
+    assert "choose aggregation=secure_sum" in line
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,9 @@ def test_a_second_run_in_one_folder_is_refused_and_leaves_the_first_one_s_job(ty
 
 def test_a_demo_that_fails_leaves_the_link_where_it_was(typed, runs):
     before = (runs / "demo").resolve()
-    refused(typed, "demo", "--folder", runs, "--engine", "in-process", *QUICK, "privacy=distributed")
+    refused(
+        typed, "demo", "--folder", runs, "--engine", "in-process", *QUICK, "privacy=distributed", "aggregation=mean"
+    )
     assert (runs / "demo").resolve() == before
 
 

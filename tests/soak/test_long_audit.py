@@ -61,7 +61,11 @@ def aggregate_trial(*, distributed):
         shared = {name: getattr(spec.privacy, name) for name in (
             "target_epsilon", "delta", "evaluation_epsilon", "centre_share", "rounds", "max_grad_norm",
         )}  # fmt: skip
-        spec = replace(spec, privacy=DistributedSpec(floor_epsilon=3 * EPSILON, **shared))
+        spec = replace(
+            spec,
+            privacy=DistributedSpec(floor_epsilon=3 * EPSILON, **shared),
+            aggregation=replace(spec.aggregation, method="secure_sum"),
+        )
     sites = {site_id(f"audit-{number}"): 1000 for number in range(SITES)}
     return CanaryTrial(job=plan_job(spec, declared_items=sites, nonce="audit"), purpose="train", canaries=CANARIES)
 

@@ -44,7 +44,7 @@ NODE_KEY = (
 SOFTWARE = Software(fedgrade="0.1.0", source="5" * 64, libraries={"numpy": "2.4.0", "opendp": "0.16.0"})
 
 
-def reserve(round_index=0, mechanism=None):
+def reserve(round_index=0, mechanism=None, transcript=""):
     return Reserve(
         job="a" * 64,
         round_index=round_index,
@@ -53,6 +53,7 @@ def reserve(round_index=0, mechanism=None):
         accounts=(ACCOUNT,),
         mechanism=mechanism or DiscreteGaussian(sensitivity=2**20, scale=10_123_457),
         weights_digest="b" * 64,
+        transcript=transcript,
         epsilon_limit=Fraction(8),
         delta=Fraction(1, 10**5),
     )
@@ -96,6 +97,7 @@ EVERY_KIND = (
     Correction(account=ACCOUNT, rho=Fraction(1, 500), reason="the clip was off in round 3"),
     Enrolled(site=SITE, key=KEY.public, node_key=NODE_KEY, declared_items=500),
     Revoked(site=SITE, key=KEY.public, reason="left the market"),
+    reserve(2, transcript="6" * 64),
 )
 
 

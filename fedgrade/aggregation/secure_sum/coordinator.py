@@ -84,6 +84,7 @@ class SumCoordinator:
         self._survivors: tuple[SiteId, ...] = ()
         self._votes: dict[SiteId, bytes] = {}
         self._revealed: dict[SiteId, RevealedShares] = {}
+        self._shares: dict[SiteId, bytes] = {}
 
     def accept_commitment(self, site: SiteId, raw: bytes) -> None:
         """Keep the commitment of ``site``; the first one counts.
@@ -178,6 +179,18 @@ class SumCoordinator:
             raw, agreed=self._agreement(), survivors=self._survivors, site=site, roster=self._roster
         )
         self._revealed.setdefault(site, revealed)
+        self._shares.setdefault(site, raw)
+
+    @property
+    def signed(self) -> dict[str, dict[SiteId, str]]:
+        """By kind and site, everything that was accepted, as it was signed; the vectors are not in it."""
+        kinds = {
+            "commitments": self._commitments,
+            "vectors": self._vectors,
+            "votes": self._votes,
+            "revealed": self._shares,
+        }
+        return {kind: {site: raw.decode() for site, raw in kept.items()} for kind, kept in kinds.items()}
 
     @property
     def included(self) -> tuple[SiteId, ...]:

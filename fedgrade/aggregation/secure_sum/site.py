@@ -45,7 +45,7 @@ from fedgrade.aggregation.secure_sum.signed import (
     require_survivors,
 )
 from fedgrade.aggregation.secure_sum.states import Attempt, Committed, Confirmed, Held, Masked, Over, Voted
-from fedgrade.errors import MessageRefused, ModelRefused, PolicyViolated
+from fedgrade.errors import AttemptOver, MessageRefused, ModelRefused, PolicyViolated
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import Roster, SigningKey, SiteId
@@ -104,7 +104,8 @@ class SumSite:
 
         Raises:
             PolicyViolated: too few participants, or too few to bring the noise that the plan counts on.
-            MessageRefused: other terms than the sealed job's, a stale attempt, or keys that do not fit.
+            MessageRefused: other terms than the sealed job's, or keys that do not fit.
+            AttemptOver: this or a later attempt was begun before, or this site's share key was lost in a restart.
             SignatureRefused: a participant is not on this site's roster, or a share key is not its site's.
         """
         terms = proposal.terms
@@ -115,7 +116,7 @@ class SumSite:
         self._require_share_keys(proposal)
         latest = self._latest.get(task.job)
         if latest is not None and task.place <= latest:
-            raise MessageRefused(
+            raise AttemptOver(
                 f"secure sum: {task.purpose} round {task.round_index} attempt {task.attempt} was begun before, or "
                 "something later was; ask for a further attempt"
             )
@@ -126,12 +127,21 @@ class SumSite:
         self._answers[_request_digest(proposal)] = committed.envelope
         return committed.envelope
 
-    def confirm(self, commitments: SumCommitments) -> None:
+    @property
+    def task(self) -> SumTask | None:
+        """What the attempt that awaits everybody's commitments is about; nothing once it has gone on or is over."""
+        return self._attempt.terms.task if isinstance(self._attempt, Committed) else None
+
+    def confirm(self, commitments: SumCommitments) -> Agreed:
         """Rule 2: true afterwards that every participant signed the same terms. Only then is it time to charge.
+
+        Returns:
+            What everybody agreed on.
 
         Raises:
             SignatureRefused: a commitment is not by the identity on this site's own roster.
-            MessageRefused: out of order, a commitment is missing or to other terms, or shares do not open.
+            MessageRefused: a commitment is missing or to other terms.
+            AttemptOver: out of order, or shares that were sent to this site do not open.
         """
         state = self._expect(Committed)
         if commitments.terms_digest != state.terms.digest:
@@ -143,13 +153,14 @@ class SumSite:
         held = self._opened_shares(state, agreed)
         masks = self._masks(state, agreed)
         self._attempt = Confirmed(agreed=agreed, masks=masks, held=held)
+        return agreed
 
     def mask(self, vector: IntArray) -> MaskedUpload:
         """Rule 3: ``vector`` [size] under masks, signed for; once. Seeds are wiped.
 
         Raises:
             ModelRefused: not ``size`` 64-bit integers, or one beyond ``entry_limit``.
-            MessageRefused: out of order.
+            AttemptOver: out of order.
         """
         state = self._expect(Confirmed)
         task = state.agreed.terms.task
@@ -174,7 +185,8 @@ class SumSite:
         """Rule 4: the signed vote for this set of survivors; for one set only.
 
         Raises:
-            MessageRefused: out of order, for another attempt, without this site, or too few.
+            MessageRefused: for another attempt, without this site, or too few.
+            AttemptOver: out of order.
         """
         if (kept := self._answers.get(_request_digest(request))) is not None:
             return kept
@@ -192,7 +204,8 @@ class SumSite:
 
         Raises:
             SignatureRefused: a vote is not by the identity on this site's own roster.
-            MessageRefused: out of order, a vote is missing, or for another set.
+            MessageRefused: a vote is missing, or for another set.
+            AttemptOver: out of order.
         """
         if (kept := self._answers.get(_request_digest(request))) is not None:
             return kept
@@ -248,7 +261,7 @@ class SumSite:
                 raise MessageRefused(f"share key of {site}: is not the one in the terms")
         own = public_bytes(self._share_key[1]).hex()
         if terms.share_keys and terms.share_keys[self._site] != own:
-            raise MessageRefused(f"share key of {self._site}: was lost in a restart; ask this site to announce another")
+            raise AttemptOver(f"share key of {self._site}: was lost in a restart; ask this site to announce another")
 
     def _committed(self, terms: SumTerms) -> Committed:
         key, seed = X25519PrivateKey.generate(), bytearray()
@@ -299,7 +312,11 @@ class SumSite:
                     recipient=self._site,
                     terms_digest=state.terms.digest,
                 )
-                opened = open_shares(cipher, agreed.commitments[dealer].shares[self._site], dealer=dealer)
+                try:
+                    opened = open_shares(cipher, agreed.commitments[dealer].shares[self._site], dealer=dealer)
+                except MessageRefused as error:
+                    # Nobody but the two can tell who spoilt them: not this site's fault, nor the coordinator's.
+                    raise AttemptOver(f"{error}; begin a further attempt") from error
                 held[dealer] = Held(key=opened[0], seed=opened[1])
         return held
 
@@ -321,7 +338,7 @@ class SumSite:
 
     def _expect(self, wanted: type[State]) -> State:
         if not isinstance(self._attempt, wanted):
-            raise MessageRefused(
+            raise AttemptOver(
                 f"secure sum: out of order; this site's attempt is {type(self._attempt).__name__.lower()}, and "
                 f"{wanted.__name__.lower()} is expected; begin a further attempt"
             )

@@ -16,6 +16,7 @@ from fedgrade.federation import releases, site
 from fedgrade.federation.charging import Charging
 from fedgrade.federation.messages import Contribution
 from fedgrade.federation.outbox import Outbox
+from fedgrade.federation.sum_desk import SumDesk
 from fedgrade.items import ItemBatch
 from fedgrade.model.head import head_inputs
 from fedgrade.model.networks import FrozenBatchNorm
@@ -88,8 +89,13 @@ def noise_divided_among_partners(patch):
     )
 
 
-def shares_admitted_without_a_secure_sum(patch):
-    patch.setattr(site, "require_hidden_uploads", lambda job, summation: None)  # noqa: ARG005 - the signature
+def masks_left_off_where_no_commitments_came(patch):
+    real = SumDesk.confirm
+
+    def lenient(desk, job, ask, commitments, *, weights_digest):
+        return None if commitments is None else real(desk, job, ask, commitments, weights_digest=weights_digest)
+
+    patch.setattr(SumDesk, "confirm", lenient)
 
 
 def seed_reused(patch):
@@ -244,7 +250,7 @@ MUTANTS = [
     (noise_halved, checks.noise_is_as_large_as_charged),
     (floating_noise_halved, checks.every_step_adds_the_noise_that_is_charged_whatever_the_batch),
     (noise_divided_among_partners, checks.noise_is_as_large_as_charged),
-    (shares_admitted_without_a_secure_sum, checks.a_share_of_noise_leaves_only_under_a_secure_sum),
+    (masks_left_off_where_no_commitments_came, checks.a_share_of_noise_leaves_only_under_a_secure_sum),
     (clip_not_applied, checks.presence_moves_the_sum_as_far_as_charged),
     (neither_clip_nor_exact_check, checks.one_item_moves_the_sum_by_at_most_the_sensitivity),
     (neither_clip_nor_exact_check, checks.presence_moves_the_sum_as_far_as_charged),

@@ -1,0 +1,166 @@
+"""Questions of one job and the answers that verify. Silence is absence, not an error; who refused stays out.
+
+A reply that does not verify counts as silence and is logged.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from fedgrade.errors import FedgradeError, MessageRefused, RoundFailed
+from fedgrade.federation.messages import (
+    Asked,
+    Contribution,
+    Opened,
+    Refusal,
+    Reply,
+    Request,
+    read_message,
+    write_message,
+)
+from fedgrade.federation.witness import Witness
+from fedgrade.job import TrainingJob
+from fedgrade.trust.canonical import digest
+from fedgrade.trust.identity import SigningKey, SiteId
+from fedgrade.trust.ledger import Entry, open_receipt
+from fedgrade.trust.records import Commit, LedgerState
+
+logger = logging.getLogger(__name__)
+
+RESENDS = 2
+# Refusals after which the same site may answer the next question.
+_PASSING = frozenset({"spent", "attempt"})
+
+
+class Cohort(Protocol):
+    """Whoever carries bytes to sites and back."""
+
+    def ask(self, requests: Mapping[SiteId, bytes], *, deadline_seconds: float) -> Mapping[SiteId, bytes]:
+        """Replies of those who answered in time; silence is absence, not an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """One site's contribution: what it released, its receipt, and where its ledger stood right after that."""
+
+    release: npt.NDArray[Any]
+    receipt: bytes
+    ledger: LedgerState
+    tensors: bytes
+
+
+class Exchange:
+    """Who of a job's participants takes part, and what they say."""
+
+    def __init__(
+        self, job: TrainingJob, cohort: Cohort, key: SigningKey, witness: Witness, deadline_seconds: float
+    ) -> None:
+        self.job = job
+        self.witness = witness
+        self.deadline_seconds = deadline_seconds
+        self.active: tuple[SiteId, ...] = job.participants
+        self._cohort = cohort
+        self._key = key
+        self._stood: dict[SiteId, LedgerState] = {}
+        self._out: dict[SiteId, str] = {}
+        self._unable: dict[SiteId, str] = {}
+
+    def remember(self, stood: Mapping[SiteId, LedgerState]) -> None:
+        """Take note where the ledgers of sites stood after what they answered in this job before."""
+        self._stood.update(stood)
+
+    def ask(
+        self, bodies: Mapping[SiteId, Asked], *, tensors: bytes = b"", deadline_seconds: float | None = None
+    ) -> dict[SiteId, Opened[Reply]]:
+        """Verified replies to ``bodies``; a refusal puts its site out of the job, unless asking again may help."""
+        requests = {site: self._request(site, body, tensors) for site, body in bodies.items()}
+        replies: dict[SiteId, Opened[Reply]] = {}
+        deadline = self.deadline_seconds if deadline_seconds is None else deadline_seconds
+        for site, raw in self._cohort.ask(requests, deadline_seconds=deadline).items():
+            try:
+                reply = read_message(raw, as_=Reply, signed_by=self.witness.roster.key_of(site))
+                if reply.document.site != site or reply.document.request_digest != digest(requests[site]):
+                    raise MessageRefused(f"reply of {reply.document.site} answers something else")
+            except (FedgradeError, KeyError) as error:
+                logger.warning("site %s: reply discarded: %s", site, error)
+                continue
+            body = reply.document.body
+            if isinstance(body, Refusal) and body.code == "ledger":
+                # A full disk was nobody's decision: nothing was released, and space may be back by the next question.
+                logger.warning("site %s cannot use its ledger, counted as silent: %s", site, body.reason)
+                self._unable[site] = f"refused (ledger): {body.reason}"
+                continue
+            replies[site] = reply
+            self._unable.pop(site, None)
+            if isinstance(body, Refusal) and body.code not in _PASSING:
+                self.put_out(site, f"refused ({body.code}): {body.reason}")
+        return replies
+
+    def received(
+        self, site: SiteId, reply: Opened[Reply], *, attempt: int, read: Callable[[bytes], npt.NDArray[Any]]
+    ) -> Received | None:
+        """The contribution in ``reply`` if its receipt vouches for exactly these bytes and this place in the job.
+
+        A site whose ledger does not go on from where it stood stays out from here on.
+        """
+        body = reply.document.body
+        if not isinstance(body, Contribution):
+            return None
+        try:
+            entry = open_receipt(body.receipt.encode(), key=self.witness.roster.key_of(site))
+            _require_receipt(entry, body, job=self.job.digest, attempt=attempt, tensors=reply.tensors)
+            release = read(reply.tensors)
+        except FedgradeError as error:
+            logger.warning("site %s: contribution discarded: %s", site, error)
+            return None
+        try:
+            state = self.witness.receive(site, body, sequence=entry.sequence, stood=self._stood.get(site))
+        except FedgradeError as error:
+            self.put_out(site, f"stays out: {error}")
+            return None
+        self._stood[site] = state
+        return Received(release=release, receipt=body.receipt.encode(), ledger=state, tensors=reply.tensors)
+
+    def put_out(self, site: SiteId, why: str) -> None:
+        """Ask ``site`` nothing more in this job."""
+        logger.warning("site %s %s", site, why)
+        self._out[site] = why
+        self.active = tuple(active for active in self.active if active != site)
+
+    def keep(self, admitted: set[SiteId]) -> None:
+        """Go on with ``admitted`` alone."""
+        self._out.update(self._unable)
+        self.active = tuple(site for site in self.active if site in admitted)
+
+    def require_enough(self, answered: int, *, what: str) -> None:
+        """Return if as many sites answered as the job asks for.
+
+        Raises:
+            RoundFailed: names who stays out and why.
+        """
+        wanted = self.job.spec.aggregation.minimum_sites
+        if answered < wanted:
+            reasons: dict[str, list[SiteId]] = {}
+            for site, why in {**self._unable, **self._out}.items():
+                reasons.setdefault(why, []).append(site)
+            named = "; ".join(f"{', '.join(who)} {why}" for why, who in reasons.items())
+            raise RoundFailed(
+                f"{what}: {answered} sites answered, aggregation.minimum_sites is {wanted}; "
+                + (named or "the others stayed silent")
+            )
+
+    def _request(self, site: SiteId, body: Asked, tensors: bytes) -> bytes:
+        request = Request(site=site, job=self.job.digest, body=body, tensors_digest=digest(tensors))
+        return write_message(request, tensors=tensors, key=self._key)
+
+
+def _require_receipt(entry: Entry, body: Contribution, *, job: str, attempt: int, tensors: bytes) -> None:
+    """Return if the ledger line ``entry`` is the charge for ``tensors`` at the place that ``body`` answers for."""
+    commit, place = entry.body, (job, body.purpose, body.round_index, body.attempt)
+    if not isinstance(commit, Commit) or place != (commit.job, commit.purpose, commit.round_index, commit.attempt):
+        raise MessageRefused("the receipt is for another place in the job")
+    if commit.message_digest != digest(tensors) or body.attempt != attempt:
+        raise MessageRefused("the receipt is for another release")
