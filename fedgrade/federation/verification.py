@@ -21,7 +21,7 @@ from fedgrade.federation.claims import (
     require_sites_hold,
     require_stages_closed,
 )
-from fedgrade.federation.membership import members_after, with_former
+from fedgrade.federation.membership import Members, with_former
 from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Stage, stages_of
 from fedgrade.federation.site_proof import Charge, SiteProof, prove_site
@@ -32,7 +32,6 @@ from fedgrade.privacy.accounting import zcdp_epsilon
 from fedgrade.privacy.budget import Spending
 from fedgrade.privacy.plan import ObserverEpsilons
 from fedgrade.trust.canonical import digest
-from fedgrade.trust.enrolment import Membership
 from fedgrade.trust.identity import Roster, SiteId, read_roster, site_id
 from fedgrade.trust.ledger import GENESIS_PREVIOUS, MAX_ENTRY_BYTES, open_receipt, read_lines
 from fedgrade.trust.records import Commit, DiscreteGaussian, Genesis, Released, RoundClosed
@@ -72,7 +71,7 @@ class _CoordinatorLog:
     rounds: dict[str, list[RoundClosed]]
     published: dict[str, set[str]]
     claims: dict[SiteId, list[Claim]]
-    members: Membership
+    members: Members
     head: str
     tree: MerkleTree
 
@@ -95,7 +94,7 @@ def verify_federation(folder: Path, *, roster: Roster | None = None) -> Federati
     if not paths:
         raise DocumentRefused(f"{folder}: no sites/<site>/ledger.jsonl here; give the folder of a federation")
     log = _coordinator_log(ledger, trusted)
-    trusted = with_former(trusted, log.members)
+    trusted = with_former(trusted, log.members.membership)
     for site, claim in kept_claims(folder / "coordinator" / "witnessed", paths, trusted):
         log.claims.setdefault(site, []).append(claim)
     sites = {
@@ -134,10 +133,10 @@ def _coordinator_log(path: Path, roster: Roster) -> _CoordinatorLog:
     rounds: dict[str, list[RoundClosed]] = {}
     published: dict[str, set[str]] = {}
     claims: dict[SiteId, list[Claim]] = {}
-    head, tree, members = GENESIS_PREVIOUS, MerkleTree(), Membership()
+    head, tree, members = GENESIS_PREVIOUS, MerkleTree(), Members()
     for line, entry in read_lines(path, key=roster.coordinator):
         head, tree = digest(line), tree.after(line)
-        members = members_after(members, entry, where=f"ledger {path}: entry {entry.sequence}")
+        members = members.after(entry, where=f"ledger {path}: entry {entry.sequence}")
         for site, claim in claims_in(path, entry):
             claims.setdefault(site, []).append(claim)
         match entry.body:

@@ -63,9 +63,14 @@ def test_a_site_that_is_counted_after_it_was_revoked_is_found(copy, enrolled, re
     refused(copy, f"counts {SITE}, which was revoked before")
 
 
-def test_a_revocation_before_the_last_stage_that_counts_the_site_is_found(copy, enrolled, revoked):
-    recorded_after(copy, {GENESIS: [enrolled], EVALUATED - 1: [revoked]})
+def test_a_revocation_before_two_stages_that_counts_the_site_is_found(copy, enrolled, revoked):
+    recorded_after(copy, {GENESIS: [enrolled], EVALUATED - 2: [revoked]})
     refused(copy, "entry 5", f"counts {SITE}, which was revoked before")
+
+
+def test_the_one_stage_that_an_interrupted_run_had_left_open_may_count_it(copy, enrolled, revoked):
+    recorded_after(copy, {GENESIS: [enrolled], EVALUATED - 1: [revoked]})
+    assert SITE in verify_federation(copy.root).sites
 
 
 def test_a_site_that_comes_back_after_its_revocation_is_found(copy, enrolled, revoked):
