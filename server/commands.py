@@ -24,6 +24,7 @@ from fedgrade.federation.rounds import stages_of
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.job import JobSpec, TrainingJob, plan_job
 from fedgrade.privacy.accounting import printed
+from fedgrade.privacy.plan import DistributedSpec
 from fedgrade.trust.identity import site_id
 from server.configure import compose_job, describe
 from server.engines import Engine, run_engine
@@ -55,8 +56,7 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     # Solved before anything is created, so that a plan that cannot be leaves no federation behind.
     _plan_for_new(spec)
     console.print(f"Everything goes to {root}")
-    limit = max(spec.privacy.target_epsilon, spec.privacy.evaluation_epsilon)
-    terms = Terms.for_job(spec, epsilon_limit=limit)
+    terms = Terms.for_job(spec, epsilon_limit=_charged_at_most(spec))
     federation = create_local_federation(root, scale=spec.grading, data=spec.data, terms=terms, cache=folder / "cache")
     with run_lock(root):
         job = _put_job(federation, spec)
@@ -146,6 +146,13 @@ def _plan_for_new(spec: JobSpec) -> None:
     manifests = elpv.site_manifests(spec.grading, test_fraction=spec.data.test_fraction)
     declared = {site_id(name): declared_size(manifest, spec.grading) for name, manifest in manifests.items()}
     plan_job(spec, declared_items=declared, nonce=secrets.token_hex(16))
+
+
+def _charged_at_most(spec: JobSpec) -> float:
+    """The most that an account pays for a job like ``spec``: what everyone else together could learn."""
+    privacy = spec.privacy
+    training = privacy.floor_epsilon if isinstance(privacy, DistributedSpec) else privacy.target_epsilon
+    return max(training, privacy.evaluation_epsilon)
 
 
 def _put_job(federation: LocalFederation, spec: JobSpec) -> TrainingJob:
