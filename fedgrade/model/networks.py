@@ -67,14 +67,6 @@ class FrozenBatchNorm(nn.Module):
         return activated
 
 
-class Copied(nn.Module):
-    """What comes in, where it may be written over: timm adds a block's shortcut in place."""
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """``maps``, once more."""
-        return maps.clone()
-
-
 class AdapterAndHead(nn.Module):
     """:class:`fedgrade.model.adapter.Adapter` and a head, on features."""
 
@@ -166,11 +158,6 @@ def _learning(spec: ModelSpec) -> nn.Module:
     network = starting_network(spec)
     network.requires_grad_(requires_grad=spec.trainable == "network")
     for module in list(network.modules()):
-        # Hooks see a layer's output, which must not be written over by what comes after it.
-        if hasattr(module, "inplace"):
-            setattr(module, "inplace", False)  # noqa: B010 - torch types attributes of modules as tensors
-        if getattr(module, "drop_path", module) is None:
-            module.drop_path = Copied()
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
                 setattr(module, name, frozen := FrozenBatchNorm(child))

@@ -26,7 +26,8 @@ from fedgrade.model.backbones import Compute
 from fedgrade.model.head import head_inputs
 from fedgrade.model.networks import item_module
 from fedgrade.model.spec import RESNET10T_GN_START_DIGEST, ModelSpec
-from fedgrade.training import SgdRecipe, _GhostSteps, _HookedSteps
+from fedgrade.privacy.plan import TRAIN_GRID_BITS
+from fedgrade.training import _PHOTO_ITEMS, SgdRecipe, _GhostSteps, _PhotoSteps
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 
 ITEMS, REPETITIONS = 1024, 15
@@ -79,8 +80,8 @@ def gradients(spec: JobSpec) -> str:
         torch.set_num_threads(threads)
     setup = (
         f"Medians of {REPETITIONS} repetitions in turn ({PHOTO_REPETITIONS} for photos); one thread; clipped sums, no "
-        "noise. *fedgrade* is `clipped_gradient_sum` for the head (every item on the exact integer grid, by sums whose "
-        "last bit no other item can move), and a step of `local_sgd` for the adapter (rank 16, features of one "
+        "noise. *fedgrade* is `clipped_gradient_sum` for the head (exact products of integers: "
+        "no other item can move a last bit), and a step of `local_sgd` for the adapter (rank 16, features of one "
         "pooling) and for the network (ResNet-10-T with group norms, photos of 96 pixels; items' gradients in double "
         "precision). Features are in double precision for all, photos in single."
     )
@@ -126,7 +127,7 @@ def _others(problem: Problem) -> dict[str, Callable[[], object]]:
 
 
 def _full_batch(problem: Problem) -> Callable[[], object]:
-    mechanism, batch = DiscreteGaussian(sensitivity=2**20, scale=2**24), _batch(problem)
+    mechanism, batch = DiscreteGaussian(sensitivity=2**TRAIN_GRID_BITS, scale=2**44), _batch(problem)
     return lambda: clipped_gradient_sum(problem.thresholds, batch, max_grad_norm=CLIP, mechanism=mechanism)
 
 
@@ -149,12 +150,12 @@ def _hooked(problem: Problem) -> Callable[[], object]:
         views=("upright",),
         compute=Compute(device="cpu", threads=1),
     )
-    steps = _HookedSteps(problem.module(), photos, RECIPE)
+    steps = _PhotoSteps(problem.module(), photos, RECIPE)
 
     def step() -> None:
         steps._optimizer.zero_grad()
-        for start in range(0, PHOTOS, steps._items_at_once):
-            steps._add(photos.take(slice(start, start + steps._items_at_once)))
+        for start in range(0, PHOTOS, _PHOTO_ITEMS):
+            steps._add(photos.take(slice(start, start + _PHOTO_ITEMS)))
 
     return step
 
@@ -212,7 +213,26 @@ def _ghost(problem: Problem) -> Callable[[], object]:
 def _plain_layers(problem: Problem) -> nn.Module:
     """The same module of torch's own linear layers, so that Opacus does what it does for anyone."""
     module = problem.module()
-    return _linear(module) if isinstance(module, nn.Linear) else _with_linear_layers(module)
+    return _linear(module) if isinstance(module, nn.Linear) else _with_linear_layers(_nothing_overwritten(module))
+
+
+class _Copied(nn.Module):
+    """What comes in, where it may be written over: timm adds a block's shortcut in place."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """``maps``, once more."""
+        return maps.clone()
+
+
+def _nothing_overwritten(module: nn.Module) -> nn.Module:
+    """``module`` as Opacus' hooks need it: they see a layer's output, which nothing after it may write over."""
+    for part in module.modules():
+        if hasattr(part, "inplace"):
+            setattr(part, "inplace", False)  # noqa: B010 - torch types attributes of modules as tensors
+    for part in list(module.modules()):
+        if getattr(part, "drop_path", part) is None:
+            part.drop_path = _Copied()
+    return module
 
 
 def _with_linear_layers(module: nn.Module) -> nn.Module:
