@@ -5,6 +5,7 @@ Sensitive both: passed from hand to hand, never stored, sent or printed. Knows n
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from fedgrade.model.backbones import Compute
 from fedgrade.model.preprocessing import FeatureArray
 from fedgrade.model.spec import View
 from fedgrade.model.views import seen
+from fedgrade.privacy.fixed_point import FixedPointPhotos
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -42,6 +44,11 @@ class ItemBatch:
 
     def __repr__(self) -> str:
         return "ItemBatch(<sensitive>)"
+
+    @cached_property
+    def fixed_point(self) -> FixedPointPhotos:
+        """The inputs in fixed point, made when they are first asked for: rounds that share a batch share them."""
+        return FixedPointPhotos.of(self.inputs)
 
     def take(self, chosen: npt.NDArray[np.bool_] | slice) -> "ItemBatch":
         """The chosen items alone."""

@@ -207,7 +207,7 @@ def test_no_bytes_carry_a_job_whose_plan_was_altered(path):
 
 
 def test_a_plan_on_another_grid_cannot_even_be_made():
-    with pytest.raises(PlanRefused, match=r"^plan: train sensitivity 524288 is not the grid's 2\^20$"):
+    with pytest.raises(PlanRefused, match=r"^plan: train sensitivity 524288 is not the grid's 2\^40$"):
         changed(JOB.plan, "train.sensitivity", 2**19)
 
 

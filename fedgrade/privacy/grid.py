@@ -1,4 +1,6 @@
-"""Rows clipped onto an integer grid, and their sum with integer noise: the one path by which anything leaves a site.
+"""Rows clipped onto an integer grid, and sums with integer noise: what the integer modes send comes through here.
+
+Means and counts become rows here; gradients, by far the most numbers, in :mod:`fedgrade.full_batch`.
 
 Sensitivity: adding or removing one item adds or removes one row, whose L2 norm is at most the mechanism's
 ``sensitivity`` by an exact integer check, whatever the row held before. Hence the sum moves by at most that much, and
@@ -17,6 +19,8 @@ IntArray = npt.NDArray[np.int64]
 # Rounding toward zero cannot lengthen a row; this margin covers the floating-point division before it.
 _SHRINK = 1.0 - 2.0**-20
 _LARGEST_SQUARE = 2**63 - 1
+# Noise up to here, ten standard deviations of it, and sums of up to 2^22 items on a grid of 2^40 stay clear of 2^63.
+MAX_SCALE = 2**52
 
 
 def clip_rows(rows: FloatArray, max_norm: float) -> FloatArray:

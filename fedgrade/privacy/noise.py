@@ -13,9 +13,7 @@ import numpy.typing as npt
 import opendp.prelude as opendp
 
 from fedgrade.errors import PlanRefused
-
-# Sums of up to 2^40 items on a 2^20 grid plus ten standard deviations of noise stay clear of 2^63.
-MAX_SCALE = 2**52
+from fedgrade.privacy.grid import MAX_SCALE
 
 
 def discrete_gaussian(size: int, *, scale: int) -> npt.NDArray[np.int64]:

@@ -15,10 +15,11 @@ from pydantic import Field
 from fedgrade.errors import JobRefused, PlanRefused
 from fedgrade.privacy.accounting import confirmed_epsilon, poisson_noise_multiplier, zcdp_epsilon, zcdp_rho
 from fedgrade.privacy.budget import Spending
+from fedgrade.privacy.grid import MAX_SCALE
 from fedgrade.trust.records import Composition, DiscreteGaussian, Mechanism, PoissonGaussian, Purpose
 
-GRID_BITS = 20
-COUNT_GRID_BITS = 10
+# Of a unit vector's mean, of gradients (inputs and residuals have 20 each), and of counts.
+CENTRE_GRID_BITS, TRAIN_GRID_BITS, COUNT_GRID_BITS = 20, 40, 10
 MIN_PARTICIPANTS = 2
 # Clips that arithmetic cannot tell from nothing or from everything would be measured against noise that is neither.
 MIN_GRAD_NORM, MAX_GRAD_NORM = 1e-6, 1e6
@@ -121,11 +122,10 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         if (self.mode == "local_sgd") != isinstance(self.train, PoissonGaussian):
             raise PlanRefused(f"plan: mode {self.mode} does not go with a {self.train.kind} training mechanism")
-        for mechanism, bits in ((self.centre, GRID_BITS), (self.evaluate, COUNT_GRID_BITS)):
-            if mechanism.sensitivity != 2**bits:
-                raise PlanRefused(f"plan: sensitivity {mechanism.sensitivity} is not the grid's 2^{bits}")
-        if isinstance(self.train, DiscreteGaussian) and self.train.sensitivity != 2**GRID_BITS:
-            raise PlanRefused(f"plan: train sensitivity {self.train.sensitivity} is not the grid's 2^{GRID_BITS}")
+        _check_grid("centre", self.centre, bits=CENTRE_GRID_BITS)
+        _check_grid("evaluate", self.evaluate, bits=COUNT_GRID_BITS)
+        if isinstance(self.train, DiscreteGaussian):
+            _check_grid("train", self.train, bits=TRAIN_GRID_BITS)
         if not 1 <= self.rounds <= _MAX_ROUNDS or not MIN_GRAD_NORM <= self.max_grad_norm <= MAX_GRAD_NORM:
             raise PlanRefused(
                 f"plan: rounds {self.rounds} must be in 1..{_MAX_ROUNDS} and max_grad_norm {self.max_grad_norm} in "
@@ -241,8 +241,8 @@ def _full_batch_plan(
         delta=delta,
         rounds=spec.rounds,
         max_grad_norm=spec.max_grad_norm,
-        centre=_gaussian(rho * share, bits=GRID_BITS),
-        train=_gaussian(rho * (1 - share) / spec.rounds, bits=GRID_BITS),
+        centre=_gaussian(rho * share, bits=CENTRE_GRID_BITS),
+        train=_gaussian(rho * (1 - share) / spec.rounds, bits=TRAIN_GRID_BITS),
         evaluate=_gaussian(zcdp_rho(exact(spec.evaluation_epsilon), delta=delta), bits=COUNT_GRID_BITS),
     )
 
@@ -260,7 +260,7 @@ def _distributed_plan(spec: DistributedSpec, *, participants: int) -> PrivacyPla
 def _sgd_plan(spec: LocalSgdSpec) -> PrivacyPlan:
     delta, target, rate = exact(spec.delta), exact(spec.target_epsilon), exact(spec.sampling_rate)
     centre_epsilon = target * exact(spec.centre_share)
-    centre = _gaussian(zcdp_rho(centre_epsilon, delta=delta / 2), bits=GRID_BITS)
+    centre = _gaussian(zcdp_rho(centre_epsilon, delta=delta / 2), bits=CENTRE_GRID_BITS)
     planned = spec.local_steps * spec.rounds
     noise = poisson_noise_multiplier(
         sampling_rate=rate,
@@ -289,6 +289,16 @@ def _gaussian(rho: Fraction, *, bits: int) -> DiscreteGaussian:
     scale = math.isqrt(wanted.numerator // wanted.denominator)
     scale += scale**2 < wanted
     return DiscreteGaussian(sensitivity=sensitivity, scale=scale)
+
+
+def _check_grid(name: str, mechanism: DiscreteGaussian, *, bits: int) -> None:
+    if mechanism.sensitivity != 2**bits:
+        raise PlanRefused(f"plan: {name} sensitivity {mechanism.sensitivity} is not the grid's 2^{bits}")
+    if mechanism.scale > MAX_SCALE:
+        raise PlanRefused(
+            f"plan: {name} noise would be {mechanism.scale // mechanism.sensitivity:,} times what one item can do; at "
+            f"most {MAX_SCALE // mechanism.sensitivity:,} times; allow a larger epsilon, or fewer rounds"
+        )
 
 
 def _check_common(spec: LocalSpec | DistributedSpec | LocalSgdSpec) -> None:

@@ -11,6 +11,7 @@ from fedgrade.federation.releases import SiteRows, _padded, confusion_sum, featu
 from fedgrade.grading import decide
 from fedgrade.job import TrainingJob, plan_job
 from fedgrade.model.head import grade_probabilities, head_inputs, scores
+from fedgrade.privacy.plan import TRAIN_GRID_BITS
 from fedgrade.trust.records import DiscreteGaussian
 from tests.federation.small_federation import (
     DECLARED,
@@ -22,6 +23,7 @@ from tests.federation.small_federation import (
 )
 
 MECHANISM = DiscreteGaussian(sensitivity=2**20, scale=1)
+TRAINING = DiscreteGaussian(sensitivity=2**TRAIN_GRID_BITS, scale=1)
 FOUR_VIEWS = ("upright", "flip_horizontal", "flip_vertical", "rotate_180")
 DIMENSIONS = SPEC.model.feature_dimensions
 
@@ -115,8 +117,8 @@ def test_a_views_gradient_is_averaged_into_its_items_before_the_clip():
     with_views = rows_of(upright, counts, [2, 0], turned=(turned,))
     # The same items, their views as photos of their own: what an item teaches is the mean over both.
     as_photos = np.concatenate([upright[:1], turned[:1], upright[1:], turned[1:]])
-    expected = gradient_sum(job, head, rows_of(as_photos, [2, 6], [2, 0]), MECHANISM)
-    np.testing.assert_array_equal(gradient_sum(job, head, with_views, MECHANISM), expected)
+    expected = gradient_sum(job, head, rows_of(as_photos, [2, 6], [2, 0]), TRAINING)
+    np.testing.assert_array_equal(gradient_sum(job, head, with_views, TRAINING), expected)
     batch = _padded(with_views, head.centre)
     np.testing.assert_allclose(batch.photo_weights.sum(axis=1), 1.0)
     assert batch.photo_weights.shape == (2, 6)
@@ -128,8 +130,8 @@ def test_with_views_one_item_still_moves_the_sum_by_at_most_the_sensitivity():
     head = replace(head_of(job), thresholds=np.full(job.head_shape(), 10.0))
     whole = rows_of(shown[0], [1, 5], [0, 2], turned=tuple(shown[1:]))
     rest = rows_of(shown[0, :1], [1], [0], turned=tuple(view[:1] for view in shown[1:]))
-    moved = gradient_sum(job, head, whole, MECHANISM) - gradient_sum(job, head, rest, MECHANISM)
-    assert 0 < sum(int(entry) ** 2 for entry in moved) <= MECHANISM.sensitivity**2
+    moved = gradient_sum(job, head, whole, TRAINING) - gradient_sum(job, head, rest, TRAINING)
+    assert 0 < sum(int(entry) ** 2 for entry in moved) <= TRAINING.sensitivity**2
 
 
 def test_centre_and_evaluation_look_at_upright_photos_alone():

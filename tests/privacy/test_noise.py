@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from fedgrade.errors import PlanRefused
-from fedgrade.privacy.noise import MAX_SCALE, discrete_gaussian, floating_gaussian, poisson_sample
+from fedgrade.privacy.grid import MAX_SCALE
+from fedgrade.privacy.noise import discrete_gaussian, floating_gaussian, poisson_sample
 
 # Every statistical test here fails by chance less than once in ten million runs.
 FALSE_ALARM = 1e-7
@@ -28,7 +29,7 @@ def test_small_noise_has_exactly_the_promised_distribution(scale):
     assert stats.chisquare(seen, promised).pvalue > FALSE_ALARM
 
 
-@pytest.mark.parametrize("scale", [2**10 * 7, 2**20 * 17, 2**45])
+@pytest.mark.parametrize("scale", [2**10 * 7, 2**20 * 17, 2**42 + 1, 2**43 * 3, 2**45, MAX_SCALE])
 def test_large_noise_has_the_promised_moments(scale):
     draws = discrete_gaussian(10_000, scale=scale) / scale
     size = len(draws)

@@ -10,8 +10,9 @@ from fedgrade.errors import FedgradeError, JobRefused, PlanRefused
 from fedgrade.privacy.accounting import zcdp_epsilon, zcdp_rho
 from fedgrade.privacy.budget import Spending
 from fedgrade.privacy.plan import (
+    CENTRE_GRID_BITS,
     COUNT_GRID_BITS,
-    GRID_BITS,
+    TRAIN_GRID_BITS,
     DistributedSpec,
     LocalSgdSpec,
     LocalSpec,
@@ -236,12 +237,14 @@ def test_a_plan_that_does_not_hang_together_is_refused():
     plan = calibrate(LOCAL, participants=2)
     poisson = PoissonGaussian(sampling_rate=Fraction(1, 2), noise_multiplier=Fraction(1), steps=1, planned_steps=1)
     coarse = DiscreteGaussian(sensitivity=2**19, scale=1)
+    too_much = DiscreteGaussian(sensitivity=2**TRAIN_GRID_BITS, scale=2**52 + 2**40)
     for fault, fields in {
         "does not go with": {"mode": "local_sgd"},
         "mode local does not go with a poisson_gaussian": {"train": poisson},
         "train sensitivity 524288": {"train": coarse},
         "sensitivity 524288 is not the grid's": {"centre": coarse},
         r"is not the grid's 2\^10": {"evaluate": coarse},
+        "train noise would be 4,097 times what one item can do; at most 4,096": {"train": too_much},
         "rounds 0": {"rounds": 0},
         "max_grad_norm inf": {"max_grad_norm": math.inf},
         "max_grad_norm 0.0": {"max_grad_norm": 0.0},
@@ -262,7 +265,8 @@ def test_a_plan_of_local_steps_pays_for_all_of_them_at_once():
 
 def test_grids_are_where_the_plan_says():
     plan = calibrate(LOCAL, participants=2)
-    assert plan.centre.sensitivity == plan.train.sensitivity == 2**GRID_BITS
+    assert plan.centre.sensitivity == 2**CENTRE_GRID_BITS
+    assert plan.train.sensitivity == 2**TRAIN_GRID_BITS
     assert plan.evaluate.sensitivity == 2**COUNT_GRID_BITS
     assert plan.mechanism("centre") == plan.centre
     assert plan.mechanism("train") == plan.train

@@ -25,7 +25,6 @@ from fedgrade.job import DataSpec, JobSpec, plan_job
 from fedgrade.model.head import BIAS_FEATURE
 from fedgrade.model.spec import ModelSpec
 from fedgrade.model.weights import read_weights
-from fedgrade.privacy import grid
 from fedgrade.privacy.plan import LocalSpec
 from fedgrade.trust.identity import SiteId
 
@@ -170,15 +169,20 @@ def noise_on_the_first_coordinates_only(patch):
 
 
 def clip_not_applied(patch):
-    def unclipped(rows, *, max_norm, mechanism):
-        return np.trunc(rows / max_norm * mechanism.sensitivity).astype(np.int64)
+    def unchecked(residuals, products):
+        del products
+        return residuals.astype(np.int64)
 
-    patch.setattr(full_batch, "grid_rows", unclipped)
+    patch.setattr(full_batch, "_clip_factors", lambda residuals, products, whole: whole)  # noqa: ARG005 - the signature
+    patch.setattr(full_batch, "_on_grid", unchecked)
 
 
 def clip_of_columns(patch):
-    clip = grid.clip_rows
-    patch.setattr(grid, "clip_rows", lambda rows, max_norm: clip(rows.T.copy(), max_norm).T)
+    def by_threshold(residuals, products, whole):
+        lengths = np.sqrt(np.einsum("ipk,ipp->k", residuals.astype(float) ** 2, products.astype(float)))
+        return np.minimum(whole, MECHANISM.sensitivity / lengths.max())
+
+    patch.setattr(full_batch, "_clip_factors", by_threshold)
 
 
 def mean_instead_of_sum(patch):
@@ -206,12 +210,8 @@ def every_photo_an_item(patch):
 
 
 def a_grid_twice_as_fine_as_charged(patch):
-    snap = full_batch.grid_rows
-
-    def finer(rows, *, max_norm, mechanism):
-        return 2 * snap(rows, max_norm=max_norm, mechanism=mechanism)
-
-    patch.setattr(full_batch, "grid_rows", finer)
+    snap = full_batch._on_grid
+    patch.setattr(full_batch, "_on_grid", lambda residuals, products: 2 * snap(residuals, products))
 
 
 MUTANTS = (

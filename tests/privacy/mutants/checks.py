@@ -22,7 +22,7 @@ from fedgrade.job import plan_job
 from fedgrade.model.networks import PhotoLinear, item_module
 from fedgrade.model.pooling import PooledBackbone
 from fedgrade.privacy import audit
-from fedgrade.privacy.plan import DistributedSpec
+from fedgrade.privacy.plan import TRAIN_GRID_BITS, DistributedSpec
 from fedgrade.training import SgdRecipe, train_by_sgd
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
 from tests.federation.small_federation import (
@@ -43,7 +43,7 @@ ROUNDS, CANARIES = 4, 300
 FEATURES = 4  # of a head's input, in the checks of local_sgd
 CLIP, LEARNING_RATE = 0.5, 0.1
 NORMS = replace(SPEC.model, trainable="norms", input_size=64)
-MECHANISM = DiscreteGaussian(sensitivity=2**20, scale=1)
+MECHANISM = DiscreteGaussian(sensitivity=2**TRAIN_GRID_BITS, scale=1)
 
 
 @cache

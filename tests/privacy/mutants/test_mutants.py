@@ -11,6 +11,7 @@ from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
+from fedgrade import full_batch
 from fedgrade.errors import ModelRefused
 from fedgrade.federation import releases, site
 from fedgrade.federation.charging import Charging
@@ -24,6 +25,7 @@ from fedgrade.model.pooling import PooledBackbone
 from fedgrade.privacy import grid
 from fedgrade.privacy.budget import Spending
 from fedgrade.privacy.noise import discrete_gaussian, floating_gaussian
+from fedgrade.privacy.plan import TRAIN_GRID_BITS
 from fedgrade.trust.records import DiscreteGaussian
 from tests.federation.small_federation import NAMES, SmallFederation, ask, calibrate_once, quick_noise, told
 from tests.privacy.mutants import checks
@@ -121,15 +123,17 @@ def floating_seed_reused(patch):
 
 
 def clip_not_applied(patch):
-    patch.setattr(grid, "clip_rows", lambda rows, max_norm: rows)  # noqa: ARG005 - the signature
+    patch.setattr(full_batch, "_clip_factors", lambda residuals, products, whole: whole)  # noqa: ARG005 - the signature
 
 
 def neither_clip_nor_exact_check(patch):
-    patch.setattr("fedgrade.full_batch.grid_rows", _unclipped)
+    clip_not_applied(patch)
+    patch.setattr(full_batch, "_on_grid", _unchecked)
 
 
-def _unclipped(rows, *, max_norm, mechanism):
-    return np.trunc(np.nan_to_num(rows, posinf=0, neginf=0) / max_norm * mechanism.sensitivity).astype(np.int64)
+def _unchecked(residuals, products):
+    del products
+    return np.nan_to_num(residuals, posinf=0, neginf=0).astype(np.int64)
 
 
 def clip_not_applied_to_updates(patch):
@@ -145,15 +149,28 @@ def clip_not_applied_to_updates(patch):
 
 
 def clip_by_parameter_and_not_by_item(patch):
-    honest = grid.clip_rows
-    patch.setattr(grid, "clip_rows", lambda rows, max_norm: honest(rows.T, max_norm).T)
+    """Each threshold's part is shortened by its length over all items, which is then the clip."""
+
+    def by_threshold(residuals, products, whole):
+        lengths = np.sqrt(np.einsum("ipk,ipp->k", residuals.astype(float) ** 2, products.astype(float)))
+        return np.minimum(whole, 2.0**TRAIN_GRID_BITS / lengths.max())
+
+    patch.setattr(full_batch, "_clip_factors", by_threshold)
 
 
 def clip_after_averaging_items(patch):
-    def averaged(rows, *, max_norm, mechanism):
-        return grid.grid_rows(rows.mean(axis=0, keepdims=True), max_norm=max_norm, mechanism=mechanism)
+    """Everybody's photos become one item's, and that is clipped."""
+    honest = releases.clipped_gradient_sum
 
-    patch.setattr("fedgrade.full_batch.grid_rows", averaged)
+    def averaged(thresholds, batch, *, max_grad_norm, mechanism):
+        one = ItemBatch(
+            inputs=batch.inputs.reshape(1, -1, batch.inputs.shape[2]),
+            photo_weights=batch.photo_weights.reshape(1, -1) / len(batch),
+            grades=batch.grades[:1],
+        )
+        return honest(thresholds, one, max_grad_norm=max_grad_norm, mechanism=mechanism)
+
+    patch.setattr(releases, "clipped_gradient_sum", averaged)
 
 
 def mean_instead_of_sum(patch):
@@ -310,10 +327,15 @@ def test_a_site_that_charges_late_works_and_is_caught_because_photos_were_read_b
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_without_a_clip_the_exact_check_still_drops_whatever_is_too_long_or_no_number(monkeypatch):
     """NaN cannot get through on the integer grid: two lines would have to go, and only one is a clip."""
-    clip_not_applied(monkeypatch)
+    monkeypatch.setattr(grid, "clip_rows", lambda rows, max_norm: rows)  # noqa: ARG005 - the signature
     rows = np.array([[np.nan, 0.0], [np.inf, 0.0], [3.0, 4.0], [0.5, 0.0]])
     integers = grid.grid_rows(rows, max_norm=1.0, mechanism=DiscreteGaussian(sensitivity=1000, scale=1))
     assert integers.tolist() == [[0, 0], [0, 0], [0, 0], [499, 0]]
+    clip_not_applied(monkeypatch)
+    gradients = np.array([[np.nan, 0.0], [np.inf, 0.0], [6.0, 8.0], [1.0, 0.0]])
+    batch = ItemBatch(inputs=gradients[:, None], photo_weights=np.ones((4, 1)), grades=np.zeros(4, dtype=np.int64))
+    total = full_batch.clipped_gradient_sum(np.zeros((1, 2)), batch, max_grad_norm=1.0, mechanism=checks.MECHANISM)
+    assert total.tolist() == [2**39, 0]
 
 
 def test_no_seed_can_be_given_to_what_draws_noise():
