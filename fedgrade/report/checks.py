@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
+from fedgrade.federation.sum_task import sums
 from fedgrade.federation.verification import FederationProof
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.plan import DistributedSpec
@@ -38,6 +39,7 @@ class Checks:
     charges: int
     receipts: int
     witnessed: int
+    secure_sums: int
     sealed_jobs: int
     releases: int
     keys: tuple[KeyRow, ...]
@@ -74,6 +76,7 @@ def checks(proof: FederationProof) -> Checks:
         charges=sum(len(site.charges) for site in sites),
         receipts=sum(len(closed.receipts) for job in proof.jobs.values() for closed in job.rounds),
         witnessed=proof.witnessed,
+        secure_sums=sum(len(job.rounds) for job in proof.jobs.values() if sums(job.job)),
         sealed_jobs=sum(len(site.jobs) for site in sites),
         releases=sum(job.release is not None for job in proof.jobs.values()),
         keys=_key_rows(proof),
@@ -95,6 +98,7 @@ def plan_rows(job: TrainingJob) -> tuple[tuple[str, str], ...]:
         ("centre_share", f"{spec.privacy.centre_share:g}"),
         ("participants", f"{len(job.declared_items):,}"),
         ("minimum_sites", f"{spec.aggregation.minimum_sites:,}"),
+        ("aggregation", "secure sum" if sums(job) else "mean of uploads"),
         ("minimum_items", f"{spec.data.minimum_items:,}"),
     ]
     if isinstance(spec.privacy, DistributedSpec):

@@ -30,7 +30,7 @@ _SEES: dict[ObserverName, str] = {
 }
 _SEES_OF_SUMS: dict[ObserverName, str] = {
     **_SEES,
-    "coordinator": "The sum of each round and every model, never a single upload, as long as the secure sum holds.",
+    "coordinator": "The total of each round and every model. Single uploads reach it under masks alone.",
 }
 _SEES_OF_STEPS: dict[ObserverName, str] = {
     **_SEES,

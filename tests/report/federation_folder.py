@@ -15,7 +15,6 @@ import numpy as np
 from fedgrade.aggregation.mean import AggregationSpec, sum_of_releases
 from fedgrade.evaluation import ConfusionCounts, metrics
 from fedgrade.federation.charging import Ask, Charging
-from fedgrade.federation.conversation import Gathered
 from fedgrade.federation.payloads import Head, read_release, write_head
 from fedgrade.federation.release import ModelRelease, publish
 from fedgrade.federation.rounds import RoundLog, stages_of
@@ -31,7 +30,7 @@ from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import Roster, SigningKey, SiteId
 from fedgrade.trust.ledger import LedgerWriter
-from fedgrade.trust.records import DatasetOpened, LedgerState
+from fedgrade.trust.records import DatasetOpened, LedgerState, RoundClosed
 from fedgrade.trust.transparency import open_head
 
 SITES = ("bremen", "gdansk", "limerick", "rotterdam", "turin")
@@ -165,13 +164,20 @@ def play(story: Story, workshop: Workshop) -> TrainingJob:
                 receipts[site], tensors[site] = line, raw
                 ledgers[site] = workshop.state(site)
                 contributions[site] += 1
-        gathered = Gathered(
-            releases=dict.fromkeys(receipts, np.zeros(1)), receipts=receipts, ledgers=ledgers, tensors=tensors
-        )
         store.keep_receipts(index, receipts)
         if stage.purpose == "evaluate":
-            store.keep_evaluation(tensors)
-        workshop.log.close_round(job, stage, gathered, before=before, after=after, now=workshop.clock())
+            store.keep_evaluation(tensors, None)
+        closed = RoundClosed(
+            job=job.digest,
+            round_index=stage.round_index,
+            attempt=0,
+            purpose=stage.purpose,
+            receipts={site: digest(line) for site, line in receipts.items()},
+            ledgers=ledgers,
+            weights_before=digest(write_head(before)),
+            weights_after=digest(write_head(after)),
+        )
+        workshop.log.close_round(closed, now=workshop.clock())
         before = after
     if story.published:
         counted = {site: number for site, number in contributions.items() if number}

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from html.parser import HTMLParser
@@ -12,14 +13,16 @@ from html.parser import HTMLParser
 import pytest
 
 from fedgrade.errors import DocumentRefused, LedgerBroken, SignatureRefused
+from fedgrade.federation import releases
 from fedgrade.federation.verification import verify_federation
 from fedgrade.grading import GradeScale
 from fedgrade.privacy.accounting import printed, zcdp_epsilon
-from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec
+from fedgrade.privacy.plan import LocalSgdSpec
 from fedgrade.report import privacy_report, write_report
 from fedgrade.trust.canonical import digest as digest_of
 from fedgrade.trust.identity import SigningKey, read_roster
 from fedgrade.trust.ledger import roots_at
+from tests.federation.small_federation import DISTRIBUTED, POLICY, SmallFederation, quick_noise
 
 NOW = datetime(2026, 3, 3, 12, 0, tzinfo=UTC)
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -205,16 +208,18 @@ def test_two_jobs_share_one_budget_and_are_both_told(federations, tmp_path):
     assert "first , second" in page.text
 
 
-def test_a_secure_sum_hides_uploads_from_the_coordinator_alone(federations, tmp_path):
-    spec = DistributedSpec(
-        target_epsilon=1.0, floor_epsilon=4.0, delta=1e-5, evaluation_epsilon=1.0, centre_share=0.1, rounds=3,
-        max_grad_norm=1.0,
-    )  # fmt: skip
-    page = Page(report(folder_of(federations, tmp_path, federations.Story(privacy=spec))))
-    assert "as long as the secure sum holds" in page.text
+def test_a_secure_sum_hides_uploads_from_the_coordinator_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(releases, "discrete_gaussian", quick_noise)
+    federation = SmallFederation.create(tmp_path / "federation")
+    job = federation.job(DISTRIBUTED)
+    federation.run_in_process(job, policy=replace(POLICY, modes=("distributed",), epsilon_per_job=60.0))
+    page = Page(report(federation.root))
+    assert "Single uploads reach it under masks alone" in page.text
+    assert f"{job.plan.rounds + 2} secure sums: every partner that is counted" in page.text
     assert page.figures["observer", "coordinator"] == page.figures["observer", "model_holder"]
     assert float(page.figures["observer", "full_collusion"]) > float(page.figures["observer", "coordinator"])
-    assert "floor_epsilon 4.00" in page.text
+    assert "floor_epsilon 60.00" in page.text
+    assert "aggregation secure sum" in page.text
 
 
 def test_floating_point_noise_is_owned_up_to(federations, tmp_path):

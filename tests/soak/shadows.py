@@ -16,19 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from fedgrade.federation import releases, rounds
-from fedgrade.federation.conversation import Gathered
+from fedgrade.federation.exchange import Received
+from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.payloads import Head, read_release
 from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.job import JobSpec, TrainingJob, plan_job
 from fedgrade.model.head import head_inputs
 from fedgrade.privacy.plan import LocalSpec
 from fedgrade.trust.identity import SiteId
+from fedgrade.trust.records import LedgerState
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 SITE = SiteId("site-a")
+NOWHERE = LedgerState(entries=1, root="0" * 64)
 _SILENT = (SiteId("site-b"), SiteId("site-c"))
 _BEYOND_EVERY_GRADIENT = 4.0  # of unit features, three thresholds and a bias: at most 1.81 long
 _ANY_EPSILON = 8.0
@@ -95,7 +98,8 @@ def trained(shadow: Shadow) -> Head:
             raw = compute_release(job, stage.purpose, head, site=SITE, rows=lambda _: rows)
             release = read_release(raw, job, stage.purpose, site=SITE)
             # Receipts and ledgers are for what is charged, which no model depends on.
-            gathered = Gathered(releases={SITE: release}, receipts={}, tensors={SITE: raw}, ledgers={})
+            received = Received(release=release, receipt=b"", ledger=NOWHERE, tensors=raw)
+            gathered = Gathered(result=release, attempt=0, received={SITE: received})
             state = rounds._advance(job, state, stage, gathered)
     return rounds._final_head(job, state)
 
