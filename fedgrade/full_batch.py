@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fedgrade.errors import PlanRefused
 from fedgrade.items import ItemBatch
 from fedgrade.privacy.fixed_point import FixedPointPhotos, fixed_point_thresholds
+from fedgrade.privacy.grid import LARGEST_SUM
 from fedgrade.privacy.plan import TRAIN_GRID_BITS
 from fedgrade.trust.records import DiscreteGaussian
 
@@ -32,7 +33,6 @@ _LARGEST_INPUT = 2**22
 _RESIDUAL_BITS = 23  # of an item's largest residual, where its gradient's length is measured
 # Far more than the divisions and square roots of a clip factor can be off by.
 _SHRINK = 1.0 - 2.0**-40
-_SUM_BITS = 62
 _LEAST_EXPONENT = -(2**14)  # below any number's times any input's
 # Words of inner products, residuals' and inputs': products of two words, summed over a photo's others, stay below 2^63.
 _RESIDUAL_WORD, _INPUT_WORD = 28, 21
@@ -78,8 +78,8 @@ def _require_room(mechanism: DiscreteGaussian, *, items: int) -> None:
         raise PlanRefused(
             f"grid: sensitivity {mechanism.sensitivity}; gradients are on the grid of 2^{TRAIN_GRID_BITS}"
         )
-    if items * mechanism.sensitivity > 2**_SUM_BITS:
-        raise PlanRefused(f"grid: {items} items; sums of 64 bits hold {2**_SUM_BITS // mechanism.sensitivity} on it")
+    if items * mechanism.sensitivity > LARGEST_SUM:
+        raise PlanRefused(f"grid: {items} items; sums of 64 bits hold {LARGEST_SUM // mechanism.sensitivity} on it")
 
 
 def _scores(thresholds: FloatArray, photos: FixedPointPhotos) -> FloatArray:

@@ -13,15 +13,18 @@ from fedgrade.aggregation.secure_sum.documents import MAX_RECOVERY_SITES
 from fedgrade.errors import JobRefused
 from fedgrade.grading import GradeScale
 from fedgrade.model.spec import ModelSpec
+from fedgrade.privacy.grid import LARGEST_SUM
 from fedgrade.privacy.plan import PrivacyPlan, PrivacySpec, calibrate
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.identity import SiteId, site_id
+from fedgrade.trust.records import Mechanism, PoissonGaussian
 
 MIN_ITEMS = 2  # at a site
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _MAX_SITES = 1000
 # Delta stays well below one over the number of items it protects.
 _DELTA_MARGIN = 10
+_DEVIATIONS = 10  # that noise passes in no lifetime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,7 @@ class TrainingJob:
                 f"{len(self.declared_items)} participants"
             )
         _require_dropouts(self.spec.aggregation.tolerate_dropouts, len(self.declared_items))
+        _require_room(self.plan.train, self.declared_items)
         if self.plan != _plan(self.spec, len(self.declared_items)):
             raise JobRefused("plan: is not the one that follows from the job's own privacy spec and participants")
 
@@ -163,6 +167,18 @@ def _plan(spec: JobSpec, participants: int) -> PrivacyPlan:
 def _noise_shares(spec: JobSpec, participants: int) -> int:
     """Shares of noise are counted on for no more sites than must answer: a round is closed without the others."""
     return min(participants, spec.aggregation.minimum_sites) if spec.privacy.mode == "distributed" else 1
+
+
+def _require_room(mechanism: Mechanism, declared_items: dict[SiteId, int]) -> None:
+    """Return if an honest site's release fits its part of a 64-bit sum, even where all items pull the same way."""
+    if isinstance(mechanism, PoissonGaussian):
+        return
+    most, sites = max(declared_items.values(), default=0), len(declared_items)
+    if sites * (most * mechanism.sensitivity + _DEVIATIONS * mechanism.scale) > LARGEST_SUM:
+        raise JobRefused(
+            f"participants: {sites} sites of up to {most} items, with noise of {mechanism.scale} on a grid of "
+            f"{mechanism.sensitivity}; their sum may not fit 64 bits; name fewer sites, or allow a larger epsilon"
+        )
 
 
 def _require_dropouts(tolerated: int, participants: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from fedgrade.aggregation.mean import AggregationSpec
 from fedgrade.errors import FedgradeError, JobRefused, PlanRefused
+from fedgrade.federation.payloads import largest_release
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
@@ -233,6 +234,25 @@ def test_participants_that_cannot_take_part_are_refused_in_one_line(declared_ite
 def test_a_quorum_larger_than_the_roll_is_refused():
     with pytest.raises(JobRefused, match=r"^aggregation\.minimum_sites: 3 exceeds the 2 participants$"):
         planned(changed(SPEC, "aggregation.minimum_sites", 3))
+
+
+def test_a_federation_whose_sum_may_not_fit_64_bits_is_refused():
+    """An honest release is taken whatever is in it: nothing that the coordinator would have to refuse is planned."""
+    most = {f"site-{number}": 9_000 for number in range(400)}
+    job = planned(declared_items=most)
+    train = job.plan.train
+    for site in list(most)[:3]:
+        honest = 9_000 * train.sensitivity + 10 * train.scale
+        assert honest <= largest_release(job, "train", site=site)
+        assert largest_release(job, "train", site=site) * len(most) < 2**63
+    with pytest.raises(
+        JobRefused, match=r"^participants: 500 sites of up to 9000 items, with noise of \d+ on a grid of"
+    ):
+        planned(declared_items={f"site-{number}": 9_000 for number in range(500)})
+    other = planned(changed(SPEC, "privacy.target_epsilon", 0.02), declared_items=dict(list(most.items())[:10]))
+    assert other.plan.train.scale > 2**44
+    with pytest.raises(JobRefused, match=r"may not fit 64 bits; name fewer sites, or allow a larger epsilon$"):
+        planned(changed(SPEC, "privacy.target_epsilon", 0.02), declared_items=most)
 
 
 def test_delta_is_at_most_a_tenth_of_one_over_the_items():

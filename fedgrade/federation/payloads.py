@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fedgrade.errors import ModelRefused
 from fedgrade.job import TrainingJob
 from fedgrade.model.weights import read_weights, write_weights
+from fedgrade.privacy.grid import LARGEST_SUM
 from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import PoissonGaussian, Purpose
 
@@ -26,8 +27,6 @@ MAX_WEIGHT = 1e6
 # What a site declares is rounded, never four times too small; noise passes fifty deviations in no lifetime.
 _DECLARED_SLACK = 4
 _DEVIATIONS = 50
-# Every sum of releases stays clear of what 64 bits hold, whoever lies.
-_SUM_LIMIT = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,7 @@ def largest_release(job: TrainingJob, purpose: Purpose, *, site: SiteId) -> int:
         # Sites declare their training items; the held-out ones are so many times more.
         items = math.ceil(items * max(1.0, job.spec.data.test_fraction / (1 - job.spec.data.test_fraction)))
     limit = items * mechanism.sensitivity + _DEVIATIONS * mechanism.scale
-    return min(limit, _SUM_LIMIT // len(job.declared_items))
+    return min(limit, LARGEST_SUM // len(job.declared_items))
 
 
 def release_size(job: TrainingJob, purpose: Purpose) -> int:

@@ -21,6 +21,8 @@ _SHRINK = 1.0 - 2.0**-20
 _LARGEST_SQUARE = 2**63 - 1
 # Noise up to here, ten standard deviations of it, and sums of up to 2^22 items on a grid of 2^40 stay clear of 2^63.
 MAX_SCALE = 2**52
+# Every sum of releases stays clear of what 64 bits hold, whoever lies: each site has its part of this.
+LARGEST_SUM = 2**62
 
 
 def clip_rows(rows: FloatArray, max_norm: float) -> FloatArray:

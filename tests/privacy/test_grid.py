@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -81,6 +83,14 @@ def test_the_grid_loses_less_than_a_cell_and_a_millionth(rows, max_norm):
     clipped = clip_rows(rows, max_norm)
     assert (np.abs(back - clipped) <= cell + np.abs(clipped) * 2.0**-19).all()
     assert (np.abs(back) <= np.abs(clipped)).all()
+
+
+@pytest.mark.parametrize("bits", [10, 20, 40])
+def test_sums_come_back_from_every_grid_in_units_of_the_clip(bits):
+    mechanism, total = DiscreteGaussian(sensitivity=2**bits, scale=1), np.array([3, -(2**58) - 1, 2**bits])
+    back = from_grid(total, max_norm=0.7, mechanism=mechanism)
+    expected = [float(Fraction(int(number), 2**bits) * Fraction(7, 10)) for number in total]
+    np.testing.assert_allclose(back, expected, rtol=1e-15)
 
 
 def test_rows_by_hand():
