@@ -13,7 +13,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedgrade.errors import FedgradeError, JobRefused
 from server.grid_cohort import GridCohort
-from server.nodes_file import read_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +38,11 @@ def main(grid: Grid, context: Context) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Imported here: the loop brings in numerical libraries that a look at this module should not cost.
     from server.coordinate import coordinate  # noqa: PLC0415
+    from server.enrolment import enrolled_nodes  # noqa: PLC0415
 
     try:
         run_directory = _run_directory(context)
-        coordinate(run_directory, GridCohort(grid, read_nodes(run_directory)))
+        coordinate(run_directory, GridCohort(grid, enrolled_nodes(run_directory)))
     except FedgradeError as error:
         logger.error("run failed: %s", error)  # noqa: TRY400 -- the line says it all; Flower adds its own trace
         raise RunFailed(f"{type(error).__name__}: {error}") from None

@@ -87,6 +87,12 @@ def create_node_key(path: Path) -> Path:
     return public
 
 
+def fingerprint(certificate: Path) -> str:
+    """The first 128 bits of the SHA-256 of a PEM certificate, in groups of four digits, as people compare it."""
+    digits = x509.load_pem_x509_certificate(certificate.read_bytes()).fingerprint(hashes.SHA256()).hex()[:32]
+    return " ".join(digits[at : at + 4] for at in range(0, len(digits), 4))
+
+
 def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))

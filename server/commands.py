@@ -1,17 +1,13 @@
-"""``fedgrade demo``, ``run`` and ``serve``: what a coordinator types."""
+"""``fedgrade demo`` and ``run``: what a coordinator types to have a model trained."""
 
-import fcntl
 import logging
-import os
 import secrets
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
+from typing import Final, Literal, get_args
 
 import click
 from rich.console import Console
@@ -30,11 +26,14 @@ from server.configure import compose_job, describe
 from server.engines import Engine, run_engine
 from server.local_federation import LocalFederation, Terms, create_local_federation, declared_size
 from server.progress_board import progress_board
+from server.run_lock import run_lock
+from server.summary import announce, quality_table
 
 logger = logging.getLogger(__name__)
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 ENGINES = get_args(Engine)
+SERVED: Final = "served"
 # A local federation's recyclers allow this much over all jobs there will ever be; each may edit its own policy.yaml.
 LIFETIME_EPSILON = 8.0
 
@@ -71,19 +70,34 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     "--federation", "folder", type=FOLDER, default=Path("runs/federation"), show_default=True,
     help="Folder of a local federation; a new one with five recyclers is made where there is none.",
 )  # fmt: skip
-@click.option("--engine", type=click.Choice(ENGINES), default="deployed", show_default=True)
-@click.option("--resume", is_flag=True, help="Go on with the job that was interrupted there.")
+@click.option(
+    "--engine", type=click.Choice([*ENGINES, SERVED]), default="deployed", show_default=True,
+    help="served: the job goes to the SuperLink that `fedgrade serve` runs, and to partners on their own machines.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the job that was interrupted there, or follow it again.")
 @click.option("--groups", is_flag=True, help="List what can be chosen, and stop.")
 @click.argument("overrides", nargs=-1)
-def run(folder: Path, engine: Engine, overrides: tuple[str, ...], *, resume: bool, groups: bool) -> None:
+def run(
+    folder: Path, engine: Engine | Literal["served"], overrides: tuple[str, ...], *, resume: bool, groups: bool
+) -> None:
     """Run one job over a federation whose ledgers remember every job before it.
 
     OVERRIDES choose and change the job: a group (privacy=local_sgd), a value (privacy.target_epsilon=2).
+
+    With --engine served, Ctrl-C leaves the run going; follow it again with --resume, or end it with `fedgrade stop`.
     """
     if groups:
         click.echo(describe())
         return
+    if engine == SERVED:
+        # Imported here: Flower takes a second.
+        from server.served_run import run_served  # noqa: PLC0415
+
+        run_served(Console(soft_wrap=True), folder, overrides=overrides, resume=resume)
+        return
     console, federation = Console(soft_wrap=True), LocalFederation(root=folder)
+    if federation.coordinator.book.exists():
+        raise JobRefused(f"{folder}: its partners are on machines of their own; give --engine {SERVED}")
     if resume:
         # Read first: a folder in which nothing was begun is left as it is.
         federation.coordinator.read_job()
@@ -100,45 +114,6 @@ def run(folder: Path, engine: Engine, overrides: tuple[str, ...], *, resume: boo
         job = federation.coordinator.read_job() if resume else _put_job(federation, spec)
         proof = _run(console, federation, job, engine=engine)
         _summarise(console, proof, job, federation, shown=folder)
-
-
-@click.command(epilog="Example: fedgrade serve runs/federation")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
-def serve(folder: Path) -> None:
-    """Run the SuperLink of the federation in FOLDER until interrupted: partners' nodes may connect and wait."""
-    from server.deployment import Deployment  # noqa: PLC0415 - Flower takes a second to import
-
-    federation, console = LocalFederation(root=folder), Console(soft_wrap=True)
-    with Deployment(folder) as deployment:
-        for site in federation.sites():
-            deployment.enrol(site, federation.node_key(site))
-        federation.connect(deployment.address, deployment.authority)
-        console.print(f"SuperLink at {deployment.address}; authority {deployment.authority}; Ctrl-C stops it")
-        while True:
-            time.sleep(3600)
-
-
-@contextmanager
-def run_lock(root: Path) -> Iterator[None]:
-    """Nobody else runs a job in the federation at ``root`` until the block ends.
-
-    Raises:
-        JobRefused: somebody does already; names the process to wait for.
-    """
-    path = root / "coordinator" / "run.lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise JobRefused(
-                f"{root}: process {file.read(20).strip() or 'of another user'} runs a job here; wait until it has "
-                "ended, or give --federation another folder"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def _plan_for_new(spec: JobSpec) -> None:
@@ -164,11 +139,7 @@ def _put_job(federation: LocalFederation, spec: JobSpec) -> TrainingJob:
 def _run(console: Console, federation: LocalFederation, job: TrainingJob, *, engine: Engine) -> FederationProof:
     """What the federation proves after ``job`` has run to its release."""
     began = time.monotonic()
-    console.print(
-        f"Job [bold]{job.spec.name}[/bold]: {len(job.participants)} sites, privacy mode {job.plan.mode}, "
-        f"epsilon {printed(float(job.plan.target_epsilon))} per item at delta {float(job.plan.delta):g}, "
-        f"{job.plan.rounds} rounds"
-    )
+    announce(console, job)
     with progress_board(console, stages=len(stages_of(job))) as board:
         run_engine(engine, federation, board)
     proof = verify_federation(federation.root, roster=federation.coordinator.read_roster())
@@ -189,12 +160,6 @@ def _summarise(
     proved = proof.jobs[job.digest]
     if proved.release is None:
         raise FedgradeError(f"job {job.digest[:16]}: no release came of it; see {federation.root / 'logs'}")
-    metrics = proved.release.release.metrics
-    quality = Table("measured on held-out modules, with differential privacy", "", box=None)
-    quality.add_row("quadratic weighted kappa", f"{metrics.quadratic_weighted_kappa:.3f}")
-    quality.add_row("accuracy", f"{metrics.accuracy:.1%}")
-    quality.add_row("mean cost of a wrong grade, per item", f"{metrics.mean_cost:.2f}")
-    quality.add_row(f"misses of {', '.join(job.spec.grading.critical)}", f"{metrics.critical_miss_rate:.1%}")
     spent = Table(
         f"epsilon per item at delta {float(job.plan.delta):g}",
         "coordinator",
@@ -210,7 +175,7 @@ def _summarise(
         )
     report = write_report(federation.root, roster=None, now=datetime.now(UTC))
     release = shown / "jobs" / job.digest[:16] / "release"
-    console.print(quality, spent)
+    console.print(quality_table(proved.release.release.metrics, job), spent)
     console.print(f"model release   {release}")
     console.print(f"privacy report  {shown / report.relative_to(federation.root)}")
     # As this process was started: an installed command need not be on the path.

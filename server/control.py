@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.cli.build import build_fab_from_files
@@ -28,7 +29,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
 
 from fedgrade.errors import DocumentRefused, FedgradeError
 
@@ -69,6 +70,15 @@ run-directory = ""
 
 class ControlRefused(FedgradeError):
     """The SuperLink's admin listener cannot be reached, or said no."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedNode:
+    """A node as the SuperLink has it: its id there, its public key in OpenSSH form, whether its heartbeat is fresh."""
+
+    node: int
+    public_key: str
+    online: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +127,14 @@ class Control:
             ControlRefused: the key is enrolled already, or the SuperLink said no.
         """
         try:
-            key = serialization.load_ssh_public_key(public_key.read_bytes())
-        except (OSError, ValueError) as error:
+            text = public_key.read_bytes().decode("ascii", errors="replace")
+        except OSError as error:
             raise DocumentRefused(f"node key {public_key}: not an OpenSSH public key ({error})") from error
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise DocumentRefused(f"node key {public_key}: Flower takes NIST elliptic curves only")
-        request = RegisterNodeRequest(public_key=public_key_to_bytes(key), name=name)
+        return self.register_key(text, name, what=f"node key {public_key}")
+
+    def register_key(self, public_key: str, name: str, *, what: str = "node key") -> int:
+        """Like :meth:`register`, for a key at hand; ``what`` names it in a refusal."""
+        request = RegisterNodeRequest(public_key=public_key_to_bytes(_node_key(public_key, what=what)), name=name)
         return int(self._call(self._client.RegisterNode, request).node_id)
 
     def unregister(self, node_id: int) -> None:
@@ -139,8 +151,29 @@ class Control:
         Raises:
             ControlRefused: no answer.
         """
+        return frozenset(listed.node for listed in self.nodes() if listed.online)
+
+    def nodes(self) -> tuple[ListedNode, ...]:
+        """Every node that is enrolled.
+
+        Raises:
+            ControlRefused: no answer.
+        """
         nodes = self._call(self._client.ListNodes, ListNodesRequest()).nodes_info
-        return frozenset(node.node_id for node in nodes if node.status == "online")
+        return tuple(
+            ListedNode(node=node.node_id, public_key=_openssh(node.public_key), online=node.status == "online")
+            for node in nodes
+            if node.status != "unregistered"
+        )
+
+    def unfinished(self) -> tuple[int, ...]:
+        """Runs that are not over, newest first.
+
+        Raises:
+            ControlRefused: no answer.
+        """
+        runs = self._call(self._client.ListRuns, ListRunsRequest()).run_dict
+        return tuple(sorted((run for run, found in runs.items() if found.status.status != "finished"), reverse=True))
 
     def submit(self, run_config: Mapping[str, str]) -> int:
         """Start a run of the installed ``server.app`` with ``run_config``; its id.
@@ -194,6 +227,22 @@ class Control:
             raise ControlRefused(f"SuperLink {self._address}: {text}") from error
         except httpx.TransportError as error:
             raise ControlRefused(f"SuperLink {self._address}: {error or type(error).__name__}") from error
+
+
+def _node_key(text: str, *, what: str) -> ec.EllipticCurvePublicKey:
+    try:
+        key = serialization.load_ssh_public_key(text.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise DocumentRefused(f"{what}: not an OpenSSH public key ({error})") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise DocumentRefused(f"{what}: Flower takes NIST elliptic curves only")
+    return key
+
+
+def _openssh(public_key: bytes) -> str:
+    """A public key as the SuperLink keeps it, in the form in which partners write it."""
+    key: ec.EllipticCurvePublicKey = bytes_to_public_key(public_key)
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 
 def _build(files: Mapping[str, bytes]) -> Fab:

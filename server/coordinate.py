@@ -1,95 +1,29 @@
-"""A coordinator's folder, and the run of the job that lies in it. The same for a deployment, a simulation, a process.
-
-The folder: ``roster.json``; ``coordinator/`` with its key, its ledger, what it saw of others' ledgers, the sealed job
-that is on and the progress of it; ``jobs/<job>/`` with checkpoint, receipts and release.
-"""
+"""The run of the job that lies in a coordinator's folder. The same for a deployment, a simulation, a process."""
 
 import json
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedgrade.errors import JobRefused
+from fedgrade.errors import LedgerUnavailable
 from fedgrade.federation.exchange import Cohort
+from fedgrade.federation.membership import with_former
 from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
-from fedgrade.federation.store import RunStore, write_durably
+from fedgrade.federation.store import RunStore
 from fedgrade.federation.witness import Witness
-from fedgrade.job import TrainingJob
-from fedgrade.trust.envelope import open_sealed, seal
-from fedgrade.trust.identity import Roster, SigningKey, read_roster
-from fedgrade.trust.ledger import LedgerWriter
+from fedgrade.trust.identity import Roster, SigningKey
+from fedgrade.trust.ledger import Entry, LedgerWriter
+from server.coordinator_folder import CoordinatorFolder
+from server.enrolment import LedgerEntries, read_book
 
 logger = logging.getLogger(__name__)
 
 STAGE_DEADLINE_SECONDS = 600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoordinatorFolder:
-    """Where a coordinator keeps everything; paths only, nothing is read at birth."""
-
-    root: Path
-
-    @property
-    def roster(self) -> Path:
-        """Who is who."""
-        return self.root / "roster.json"
-
-    @property
-    def key(self) -> Path:
-        """The coordinator's signing key."""
-        return self.root / "coordinator" / "key.pem"
-
-    @property
-    def ledger(self) -> Path:
-        """The coordinator's own ledger."""
-        return self.root / "coordinator" / "ledger.jsonl"
-
-    @property
-    def witnessed(self) -> Path:
-        """The newest head of each site's ledger that the coordinator has seen."""
-        return self.root / "coordinator" / "witnessed"
-
-    @property
-    def current_job(self) -> Path:
-        """The sealed job that is on, or was last."""
-        return self.root / "coordinator" / "job.json"
-
-    @property
-    def progress(self) -> Path:
-        """One line a finished stage of the job that is on."""
-        return self.root / "coordinator" / "progress.jsonl"
-
-    def job_folder(self, job: TrainingJob) -> Path:
-        """Checkpoint, receipts and release of ``job``."""
-        return self.root / "jobs" / job.digest[:16]
-
-    def read_roster(self) -> Roster:
-        """The roster.
-
-        Raises:
-            DocumentRefused: it cannot be read.
-        """
-        return read_roster(self.roster)
-
-    def put_job(self, job: TrainingJob) -> None:
-        """Seal ``job`` and make it the one that is on."""
-        write_durably(self.current_job, seal(job, SigningKey.load(self.key)))
-        self.progress.write_bytes(b"")
-
-    def read_job(self) -> TrainingJob:
-        """The job that is on.
-
-        Raises:
-            JobRefused: none was put there.
-            SignatureRefused: it was not sealed by this coordinator.
-        """
-        if not self.current_job.exists():
-            raise JobRefused(f"{self.current_job}: no job here; start one with `fedgrade run`")
-        coordinator = SigningKey.load(self.key).public
-        return open_sealed(self.current_job.read_bytes(), as_=TrainingJob, signed_by=coordinator)
+# An enrolment or a revocation holds the ledger for a moment.
+_LEDGER_TRIES, _LEDGER_RETRY_SECONDS = 20, 0.25
 
 
 def coordinate(run_directory: Path, cohort: Cohort) -> None:
@@ -104,19 +38,52 @@ def coordinate(run_directory: Path, cohort: Cohort) -> None:
 
 
 def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[Progress], None]) -> str:
-    """Run the job in ``folder`` with ``cohort``; returns the digest of the signed release."""
-    job, key = folder.read_job(), SigningKey.load(folder.key)
+    """Run the job in ``folder`` with ``cohort``; returns the digest of the signed release.
+
+    Between stages, sites that were enrolled or revoked meanwhile are entered into the ledger, which the run holds.
+    """
+    job, key, entries = folder.read_job(), SigningKey.load(folder.key), LedgerEntries(folder)
+    writers: list[LedgerWriter] = []
+
+    def open_ledger(observe: Callable[[Entry], None]) -> LedgerWriter:
+        def look(entry: Entry) -> None:
+            observe(entry)
+            entries.observe(entry)
+
+        writers.append(_opened(folder, key, observe=look))
+        return writers[0]
+
+    def report_and_enter(progress: Progress) -> None:
+        entries.complete(writers[0], now=datetime.now(UTC))
+        report(progress)
+
     coordinator = Coordinator(
         key=key,
-        witness=Witness(folder.witnessed, roster=folder.read_roster()),
+        witness=Witness(folder.witnessed, roster=_known(folder)),
         clock=lambda: datetime.now(UTC),
-        report=report,
+        report=report_and_enter,
         deadline_seconds=STAGE_DEADLINE_SECONDS,
     )
-    log = RoundLog.open(
-        lambda observe: LedgerWriter.open(folder.ledger, key=key, observe=observe), now=datetime.now(UTC)
-    )
+    log = RoundLog.open(open_ledger, now=datetime.now(UTC))
     try:
+        entries.complete(writers[0], now=datetime.now(UTC))
         return run_job(job, cohort, coordinator=coordinator, store=RunStore(folder.job_folder(job)), log=log)
     finally:
         log.close()
+
+
+def _known(folder: CoordinatorFolder) -> Roster:
+    """The roster, and the keys of sites that were revoked: a job that is resumed may still hold their receipts."""
+    roster = folder.read_roster()
+    return with_former(roster, read_book(folder).membership) if folder.book.exists() else roster
+
+
+def _opened(folder: CoordinatorFolder, key: SigningKey, *, observe: Callable[[Entry], None]) -> LedgerWriter:
+    """The ledger, waited for while a command enters a site into it."""
+    for _ in range(_LEDGER_TRIES):
+        try:
+            return LedgerWriter.open(folder.ledger, key=key, observe=observe)
+        except LedgerUnavailable as error:
+            logger.info("%s", error)
+            time.sleep(_LEDGER_RETRY_SECONDS)
+    return LedgerWriter.open(folder.ledger, key=key, observe=observe)

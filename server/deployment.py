@@ -111,6 +111,16 @@ class Deployment:
         """End every process and wait until the last is gone."""
         self._exit.close()
 
+    @property
+    def control(self) -> Control:
+        """The hand on the running SuperLink."""
+        return self._control
+
+    @property
+    def admin(self) -> str:
+        """``host:port`` of the listener for the coordinator's own commands."""
+        return f"127.0.0.1:{self._admin_port}"
+
     def enrol(self, site: SiteId, public_key: Path) -> int:
         """Register the node key of ``site`` and note it in ``nodes.json``; the node's id.
 
@@ -142,7 +152,7 @@ class Deployment:
         """
         began = time.monotonic()
         while missing := {site for site, node in self._nodes.items() if node not in self._control.online()}:
-            self._must_be_alive()
+            self.must_be_alive()
             if time.monotonic() - began > timeout_seconds:
                 raise DeploymentFailed(
                     f"sites {sorted(missing)}: not online after {timeout_seconds:.0f} s; "
@@ -168,7 +178,7 @@ class Deployment:
         reader = threading.Thread(target=self._read_log, args=(run_id, on_line), daemon=True)
         reader.start()
         while not (status := self._control.status(run_id)).finished:
-            self._must_be_alive()
+            self.must_be_alive()
             time.sleep(0.5)
         reader.join(timeout=5.0)
         if status.outcome != "completed":
@@ -206,17 +216,17 @@ class Deployment:
         self._database = folder / "state.db" if self._durable else Path(FLWR_IN_MEMORY_DB_NAME)
         free = _free_ports(2)
         public, self._admin_port = self._listen.public_port or free[0], self._listen.admin_port or free[1]
-        self.address = f"{next(iter(self._listen.hosts), '127.0.0.1')}:{public}"
-        admin = f"127.0.0.1:{self._admin_port}"
+        host = next(iter(self._listen.hosts), "127.0.0.1")
+        self.address = f"[{host}]:{public}" if ":" in host else f"{host}:{public}"
         self._run_superlink()
-        control = Control(admin, authority=self._certificates.authority, token=read_private(self._token))
+        control = Control(self.admin, authority=self._certificates.authority, token=read_private(self._token))
         self._control = self._exit.enter_context(control)
         self._wait_for_superlink()
         superexec = Path(sysconfig.get_path("scripts")) / "flower-superexec"
         self._spawn(
             "superexec",
             [
-                *(str(superexec), "--runtime-api-address", admin),
+                *(str(superexec), "--runtime-api-address", self.admin),
                 *("--root-certificates", str(self._certificates.authority)),
                 *("--superexec-auth-secret-file", str(self._secret)),
             ],
@@ -241,7 +251,7 @@ class Deployment:
     def _wait_for_superlink(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while True:
-            self._must_be_alive()
+            self.must_be_alive()
             try:
                 self._control.online()
             except ControlRefused as error:
@@ -277,7 +287,12 @@ class Deployment:
     def _log(self, name: str) -> Path:
         return self.run_directory / "logs" / f"{name}.log"
 
-    def _must_be_alive(self) -> None:
+    def must_be_alive(self) -> None:
+        """Return if every process still runs.
+
+        Raises:
+            DeploymentFailed: one ended; the end of its log is in the text.
+        """
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise DeploymentFailed(

@@ -77,7 +77,7 @@ def _deployed(federation: LocalFederation, watcher: Watcher) -> None:
         watcher.note(
             f"{len(federation.sites())} sites online; each checks its photos and extracts features it has not cached"
         )
-        with _followed(federation, watcher):
+        with followed(federation, watcher):
             deployment.follow(deployment.submit(), on_line=lambda line: logger.debug("%s", line))
 
 
@@ -94,7 +94,7 @@ def _simulated(federation: LocalFederation, watcher: Watcher) -> None:
 
 
 @contextmanager
-def _followed(federation: LocalFederation, watcher: Watcher) -> Iterator[None]:
+def followed(federation: LocalFederation, watcher: Watcher) -> Iterator[None]:
     """Show ``watcher`` what the run's own processes write down, until the block ends."""
     stop = threading.Event()
     reader = threading.Thread(target=_follow, args=(federation, watcher, stop), daemon=True)

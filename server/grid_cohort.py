@@ -21,6 +21,8 @@ MESSAGE_TYPE: Final = "query.fedgrade"
 MAX_REPLY_BYTES: Final = 256 * 1024 * 1024
 
 _POLL_SHARE: Final = 0.05
+# However long a stage takes, a revocation is noticed within this time.
+_LONGEST_PAUSE_SECONDS: Final = 1.0
 _PUSH_TRIES: Final = 3
 # Flower compares a message's age by the node's clock; a partner's clock may be minutes off.
 _CLOCK_SLACK_SECONDS: Final = 600.0
@@ -30,7 +32,8 @@ class GridCohort:
     """The sites of one run, reached through Flower.
 
     Attributes:
-        nodes: Flower's node id of each site.
+        nodes: Flower's node id of each site; asked anew all the time, so that a mapping that changes takes effect at
+            once: who is no longer in it is neither asked nor awaited, and what it said meanwhile is dropped.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class GridCohort:
         poll_seconds: float = 0.05,
         max_reply_bytes: int = MAX_REPLY_BYTES,
     ) -> None:
-        self.nodes = dict(nodes)
+        self.nodes = nodes
         self._grid = grid
         self._poll_seconds = poll_seconds
         self._max_reply_bytes = max_reply_bytes
@@ -66,12 +69,13 @@ class GridCohort:
         """Send ``requests``; which message id awaits which site."""
         awaited = {}
         for site, envelope in requests.items():
-            if site not in self.nodes:
+            node = self.nodes.get(site)
+            if node is None:
                 logger.warning("site %s: no node is known for it, so it is not asked", site)
-            elif message_id := self._push_one(self.nodes[site], envelope, ttl=ttl):
+            elif message_id := self._push_one(node, envelope, ttl=ttl):
                 awaited[message_id] = site
             else:
-                logger.warning("site %s: the SuperLink did not take the message for node %d", site, self.nodes[site])
+                logger.warning("site %s: the SuperLink did not take the message for node %d", site, node)
         return awaited
 
     def _push_one(self, node: int, envelope: bytes, *, ttl: float) -> str | None:
@@ -95,16 +99,25 @@ class GridCohort:
         began = time.monotonic()
         announced: set[str] = set()
         replies: dict[SiteId, Reply] = {}
-        while len(replies) < len(awaited) and (now := time.monotonic()) < deadline:
+        while (missing := set(awaited.values()) - replies.keys()) and (now := time.monotonic()) < deadline:
             if waiting := awaited.keys() - announced:
                 announced |= source.look(waiting, inbox, deadline)
-            pause = min(max(self._poll_seconds, _POLL_SHARE * (now - began)), deadline - now)
-            for reply in _drain(inbox, pause, len(awaited) - len(replies)):
-                replies[awaited[reply.request]] = reply
+            pause = min(max(self._poll_seconds, _POLL_SHARE * (now - began)), _LONGEST_PAUSE_SECONDS, deadline - now)
+            for reply in _drain(inbox, pause, len(missing)):
+                if site := awaited.get(reply.request):
+                    replies[site] = reply
+            awaited = self._still_enrolled(awaited)
         for site in awaited.values():
             if site not in replies:
                 logger.warning("site %s: no reply before the deadline", site)
-        return replies
+        return {site: replies[site] for site in awaited.values() if site in replies}
+
+    def _still_enrolled(self, awaited: Mapping[str, SiteId]) -> dict[str, SiteId]:
+        """Those of ``awaited`` whose site was not revoked meanwhile."""
+        rest = {message: site for message, site in awaited.items() if site in self.nodes}
+        for site in set(awaited.values()) - set(rest.values()):
+            logger.warning("site %s: was revoked, and is not awaited", site)
+        return rest
 
     def _read(self, site: SiteId, reply: Reply) -> bytes | None:
         try:

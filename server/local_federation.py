@@ -23,7 +23,7 @@ from fedgrade.job import DataSpec, JobSpec
 from fedgrade.trust.canonical import encode
 from fedgrade.trust.identity import Roster, SigningKey, SiteId, site_id
 from server.certificates import create_node_key
-from server.coordinate import CoordinatorFolder
+from server.coordinator_folder import CoordinatorFolder
 
 # What partners publish is rounded: it need not be exact, and what is not exact says less. It is no privacy by itself.
 DECLARED_STEP = 50

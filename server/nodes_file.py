@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +35,60 @@ def read_nodes(run_directory: Path) -> dict[SiteId, int]:
     if len(set(nodes.values())) != len(nodes) or not all(0 < node < 1 << _NODE_ID_BITS for node in nodes.values()):
         raise DocumentRefused(f"{path}: node ids must be distinct and of {_NODE_ID_BITS} bits")
     return nodes
+
+
+class EnrolledNodes(Mapping[SiteId, int]):
+    """Site to node id as it is now: looked up in the files each time, so that a revocation takes effect at once.
+
+    A site is in it while ``nodes.json`` has its node and it is enrolled; where nobody keeps a book of that, the roster
+    says so.
+    """
+
+    def __init__(self, run_directory: Path, enrolled: Callable[[], Collection[SiteId]], *, of: Path) -> None:
+        """Read both.
+
+        Args:
+            run_directory: holds ``nodes.json``.
+            enrolled: reads who is enrolled.
+            of: the file that it reads; read again only when it has changed.
+
+        Raises:
+            DocumentRefused: there is no ``nodes.json`` yet, or one is malformed.
+        """
+        self._run_directory = run_directory
+        self._enrolled = enrolled
+        self._of = of
+        self._seen: tuple[object, ...] = ()
+        self._nodes: dict[SiteId, int] = {}
+        self._refresh()
+
+    def __getitem__(self, site: SiteId) -> int:
+        self._refresh()
+        return self._nodes[site]
+
+    def __iter__(self) -> Iterator[SiteId]:
+        self._refresh()
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        self._refresh()
+        return len(self._nodes)
+
+    def _refresh(self) -> None:
+        seen = (version(self._run_directory / NAME), version(self._of))
+        if seen != self._seen:
+            nodes, enrolled = read_nodes(self._run_directory), self._enrolled()
+            self._nodes = {site: node for site, node in nodes.items() if site in enrolled}
+            self._seen = seen
+
+
+def version(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced; zeros where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def write_nodes(run_directory: Path, nodes: Mapping[SiteId, int]) -> None:

@@ -145,3 +145,34 @@ def test_nobody_asked_is_nobody_absent():
 def test_a_deadline_that_is_over_is_refused(seconds):
     with pytest.raises(RoundFailed, match="above 0"):
         ask({"a": echo}, {"a": b""}, deadline_seconds=seconds)
+
+
+class Revoking(dict):
+    """Nodes of which one is struck off after so many looks."""
+
+    def __init__(self, nodes, *, gone, after):
+        super().__init__(nodes)
+        self._gone, self._left = gone, after
+
+    def _look(self):
+        self._left -= 1
+        if self._left < 0:
+            self.pop(self._gone, None)
+
+    def __contains__(self, site):
+        self._look()
+        return super().__contains__(site)
+
+
+@pytest.mark.parametrize("after", range(0, 24, 3))
+def test_a_site_that_is_revoked_meanwhile_is_neither_awaited_nor_taken(after):
+    grid = MemoryGrid({100: silent, 101: slow})
+    nodes = Revoking({"a": 100, "b": 101}, gone="a", after=after)
+    replies = GridCohort(grid, nodes, 0.005).ask({"a": b"1", "b": b"2"}, deadline_seconds=600)
+    assert replies == {"b": b"2!"}
+
+
+def test_what_a_site_said_before_it_was_revoked_is_dropped():
+    grid = MemoryGrid({100: echo, 101: slow})
+    nodes = Revoking({"a": 100, "b": 101}, gone="a", after=4)
+    assert GridCohort(grid, nodes, 0.005).ask({"a": b"1", "b": b"2"}, deadline_seconds=600) == {"b": b"2!"}

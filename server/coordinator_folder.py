@@ -1,0 +1,91 @@
+"""Where a coordinator keeps everything.
+
+The folder: ``roster.json``; ``bundle.json`` for partners; ``coordinator/`` with its key, its ledger, the book of who
+was enrolled, what it saw of others' ledgers, the sealed job that is on and the progress of it; ``jobs/<job>/`` with
+checkpoint, receipts and release.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgrade.errors import JobRefused
+from fedgrade.federation.store import write_durably
+from fedgrade.job import TrainingJob
+from fedgrade.trust.envelope import open_sealed, seal
+from fedgrade.trust.identity import Roster, SigningKey, read_roster
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorFolder:
+    """Where a coordinator keeps everything; paths only, nothing is read at birth."""
+
+    root: Path
+
+    @property
+    def roster(self) -> Path:
+        """Who is who."""
+        return self.root / "roster.json"
+
+    @property
+    def bundle(self) -> Path:
+        """What partners join with, signed; the newest."""
+        return self.root / "bundle.json"
+
+    @property
+    def book(self) -> Path:
+        """Who was enrolled and revoked; a federation on one machine has none."""
+        return self.root / "coordinator" / "enrolment.json"
+
+    @property
+    def key(self) -> Path:
+        """The coordinator's signing key."""
+        return self.root / "coordinator" / "key.pem"
+
+    @property
+    def ledger(self) -> Path:
+        """The coordinator's own ledger."""
+        return self.root / "coordinator" / "ledger.jsonl"
+
+    @property
+    def witnessed(self) -> Path:
+        """The newest head of each site's ledger that the coordinator has seen."""
+        return self.root / "coordinator" / "witnessed"
+
+    @property
+    def current_job(self) -> Path:
+        """The sealed job that is on, or was last."""
+        return self.root / "coordinator" / "job.json"
+
+    @property
+    def progress(self) -> Path:
+        """One line a finished stage of the job that is on."""
+        return self.root / "coordinator" / "progress.jsonl"
+
+    def job_folder(self, job: TrainingJob) -> Path:
+        """Checkpoint, receipts and release of ``job``."""
+        return self.root / "jobs" / job.digest[:16]
+
+    def read_roster(self) -> Roster:
+        """The roster.
+
+        Raises:
+            DocumentRefused: it cannot be read.
+        """
+        return read_roster(self.roster)
+
+    def put_job(self, job: TrainingJob) -> None:
+        """Seal ``job`` and make it the one that is on."""
+        write_durably(self.current_job, seal(job, SigningKey.load(self.key)))
+        self.progress.write_bytes(b"")
+
+    def read_job(self) -> TrainingJob:
+        """The job that is on.
+
+        Raises:
+            JobRefused: none was put there.
+            SignatureRefused: it was not sealed by this coordinator.
+        """
+        if not self.current_job.exists():
+            raise JobRefused(f"{self.current_job}: no job here; start one with `fedgrade run`")
+        coordinator = SigningKey.load(self.key).public
+        return open_sealed(self.current_job.read_bytes(), as_=TrainingJob, signed_by=coordinator)

@@ -1,0 +1,278 @@
+"""The coordinator's book of who was enrolled and revoked, and everything that follows from it.
+
+The book is the truth. The roster, the partners' bundle, the entries in the coordinator's ledger and the SuperLink's
+list of nodes follow from it, and are brought up to date by whoever comes next after a crash.
+"""
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from fedgrade.errors import DocumentRefused, LedgerUnavailable
+from fedgrade.federation.store import write_durably
+from fedgrade.trust.canonical import decode, encode
+from fedgrade.trust.enrolment import (
+    EnrolmentRefused,
+    JoinBundle,
+    JoinRequest,
+    Membership,
+    read_bundle,
+    read_request,
+    utc_text,
+    write_bundle,
+)
+from fedgrade.trust.identity import PublicKey, Roster, SigningKey, SiteId
+from fedgrade.trust.ledger import Entry, LedgerWriter
+from fedgrade.trust.records import COORDINATOR, UTC_TIME, Enrolled, Revoked
+from server.certificates import certify
+from server.coordinator_file import NAME, CoordinatorSettings, read_settings, settings_yaml
+from server.coordinator_folder import CoordinatorFolder
+from server.nodes_file import EnrolledNodes
+
+MAX_BOOK_BYTES: Final = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A site came or went: when, and by a request of which date (empty for a revocation)."""
+
+    time: str
+    requested: str
+    body: Annotated[Enrolled | Revoked, Field(discriminator="kind")]
+
+    def __post_init__(self) -> None:
+        if not UTC_TIME.fullmatch(self.time):
+            raise DocumentRefused(f"enrolment: time {self.time[:80]!r} is none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Book:
+    """``coordinator/enrolment.json``: all that ever happened, and the number of the newest bundle."""
+
+    schema: Literal["fedgrade/enrolment/1"] = "fedgrade/enrolment/1"
+    sequence: int = 0
+    events: tuple[Event, ...] = ()
+
+    def __post_init__(self) -> None:
+        Membership.of(self.bodies)
+
+    @property
+    def bodies(self) -> tuple[Enrolled | Revoked, ...]:
+        """What stands in the ledger, in this order, sooner or later."""
+        return tuple(event.body for event in self.events)
+
+    @property
+    def membership(self) -> Membership:
+        """Who belongs now, and who did."""
+        return Membership.of(self.bodies)
+
+    def last(self, site: SiteId) -> Event:
+        """The newest event about ``site``, which the book must know."""
+        return next(event for event in reversed(self.events) if event.body.site == site)
+
+
+def create_coordinator(root: Path, settings: CoordinatorSettings, *, now: datetime) -> PublicKey:
+    """A new coordinator in the folder ``root``: key, authority, empty roster, settings; its public key.
+
+    Raises:
+        DocumentRefused: there is one already; its key is never overwritten.
+    """
+    folder = CoordinatorFolder(root=root)
+    for path in (folder.key, folder.roster, folder.book, root / NAME):
+        if path.exists():
+            raise DocumentRefused(f"{path}: exists and is not overwritten; give another folder")
+    folder.key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = SigningKey.generate()
+    key.save(folder.key)
+    certify(root / "superlink", [settings.host], now=now)
+    write_durably(folder.book, encode(Book()))
+    write_durably(folder.roster, encode(Roster(coordinator=key.public, sites={})))
+    # Last: a folder with settings is whole.
+    write_durably(root / NAME, settings_yaml(settings).encode())
+    return key.public
+
+
+def read_book(folder: CoordinatorFolder) -> Book:
+    """The book of ``folder``.
+
+    Raises:
+        DocumentRefused: there is none, or it is malformed.
+        EnrolmentRefused: its events do not follow from each other.
+    """
+    try:
+        raw = folder.book.read_bytes()
+    except OSError as error:
+        raise DocumentRefused(
+            f"{folder.book}: cannot be read ({error.strerror}); only a folder made by `fedgrade coordinator init` "
+            "enrols partners"
+        ) from error
+    return decode(Book, raw, what=f"book {folder.book}", limit=MAX_BOOK_BYTES)
+
+
+def enrol(
+    folder: CoordinatorFolder, raw: bytes, *, approve: Callable[[JoinRequest], None], now: datetime
+) -> JoinRequest:
+    """Put the site that signed the join request ``raw`` on the roster, or take newer numbers from it; the request.
+
+    Args:
+        folder: the coordinator's.
+        raw: the request as it came.
+        approve: returns if the request's key is the partner's, by another channel than the request took.
+        now: UTC.
+
+    Raises:
+        DocumentRefused, SignatureRefused: the request is malformed, altered, or no newer than one that was granted.
+        EnrolmentRefused: its name or key is taken or was revoked.
+    """
+    request = read_request(raw)
+    approve(request)
+    with _locked(folder):
+        book = read_book(folder)
+        granted = book.last(request.site).requested if request.site in book.membership.current else ""
+        if request.made <= granted:
+            raise EnrolmentRefused(
+                f"site {request.site}: its request of {granted} was granted, and this one is of {request.made}; ask "
+                "for a new one (`fedgrade site request`)"
+            )
+        event = Event(time=utc_text(now), requested=request.made, body=request.record)
+        _append(folder, book, event, now=now)
+    return request
+
+
+def revoke(folder: CoordinatorFolder, site: SiteId, *, reason: str, now: datetime) -> None:
+    """Take ``site`` off the roster for good.
+
+    Raises:
+        EnrolmentRefused: it is not on it.
+        DocumentRefused: the reason is none.
+    """
+    with _locked(folder):
+        book = read_book(folder)
+        standing = book.membership.current.get(site)
+        if standing is None:
+            raise EnrolmentRefused(f"site {site}: is not on the roster of {folder.root}")
+        event = Event(time=utc_text(now), requested="", body=Revoked(site=site, key=standing.key, reason=reason))
+        _append(folder, book, event, now=now)
+
+
+def bring_up_to_date(folder: CoordinatorFolder, *, now: datetime) -> None:
+    """Write what follows from the book and does not stand yet: the roster, a new bundle, entries in the ledger.
+
+    While a run holds the ledger, the run writes the entries, at the end of its stage.
+    """
+    with _locked(folder):
+        _publish(folder, read_book(folder), now=now)
+
+
+def enrolled_nodes(root: Path) -> EnrolledNodes:
+    """The nodes of who is enrolled in ``root``, as that changes.
+
+    Raises:
+        DocumentRefused: no node was registered yet, or a file is malformed.
+    """
+    folder = CoordinatorFolder(root=root)
+    if folder.book.exists():
+        return EnrolledNodes(root, lambda: set(read_book(folder).membership.current), of=folder.book)
+    return EnrolledNodes(root, lambda: set(folder.read_roster().sites), of=folder.roster)
+
+
+def node_keys(folder: CoordinatorFolder) -> dict[SiteId, str]:
+    """The public transport key of every enrolled site, in OpenSSH form.
+
+    Raises:
+        DocumentRefused: a file is unreadable or malformed.
+    """
+    if folder.book.exists():
+        return {site: body.node_key for site, body in read_book(folder).membership.current.items()}
+    # A federation on one machine: partners' folders are beside the coordinator's.
+    sites = folder.read_roster().sites
+    return {site: (folder.root / "sites" / site / "node_key.pub").read_text().strip() for site in sites}
+
+
+class LedgerEntries:
+    """What of the book stands in the coordinator's ledger; whoever holds the ledger brings the rest there."""
+
+    def __init__(self, folder: CoordinatorFolder) -> None:
+        self._folder = folder
+        self._standing: list[Enrolled | Revoked] = []
+
+    def observe(self, entry: Entry) -> None:
+        """Take note of an entry that stands in the ledger."""
+        if isinstance(entry.body, Enrolled | Revoked):
+            self._standing.append(entry.body)
+
+    def complete(self, writer: LedgerWriter, *, now: datetime) -> None:
+        """Append to ``writer`` what happened since; a federation on one machine has no book, and nothing happens.
+
+        Raises:
+            DocumentRefused: the ledger knows what the book does not.
+            LedgerUnavailable: the ledger could not be written.
+        """
+        if not self._folder.book.exists():
+            return
+        bodies, known = read_book(self._folder).bodies, len(self._standing)
+        if bodies[:known] != tuple(self._standing):
+            raise DocumentRefused(
+                f"{self._folder.book}: does not begin with what the coordinator's ledger says; restore its newest copy"
+            )
+        for body in bodies[known:]:
+            writer.append(body, now=now)
+            self._standing.append(body)
+
+
+def _append(folder: CoordinatorFolder, book: Book, event: Event, *, now: datetime) -> None:
+    book = replace(book, events=(*book.events, event))
+    write_durably(folder.book, encode(book))
+    _publish(folder, book, now=now)
+
+
+def _publish(folder: CoordinatorFolder, book: Book, *, now: datetime) -> None:
+    key, settings = SigningKey.load(folder.key), read_settings(folder.root)
+    roster = Roster(coordinator=key.public, sites=book.membership.keys)
+    if folder.read_roster() != roster:
+        write_durably(folder.roster, encode(roster))
+    authority = certify(folder.root / "superlink", [settings.host], now=now).authority.read_text()
+    bundle = JoinBundle(
+        sequence=book.sequence + 1, issued=utc_text(now), address=settings.address, authority=authority, roster=roster
+    )
+    if not _issued(folder, bundle):
+        # The number first: one that was given out is never given out again.
+        write_durably(folder.book, encode(replace(book, sequence=bundle.sequence)))
+        write_durably(folder.bundle, write_bundle(bundle, key))
+    _record(folder, key, now=now)
+
+
+def _issued(folder: CoordinatorFolder, bundle: JoinBundle) -> bool:
+    """Whether the newest bundle says what ``bundle`` does, but for its number and date."""
+    if not folder.bundle.exists():
+        return False
+    standing = read_bundle(folder.bundle.read_bytes(), what=f"bundle {folder.bundle}")
+    return replace(standing, sequence=bundle.sequence, issued=bundle.issued) == bundle
+
+
+def _record(folder: CoordinatorFolder, key: SigningKey, *, now: datetime) -> None:
+    entries = LedgerEntries(folder)
+    try:
+        writer = LedgerWriter.open(folder.ledger, key=key, observe=entries.observe)
+    except LedgerUnavailable:
+        # A run holds it: it writes the entries itself.
+        return
+    with writer:
+        writer.start(owner=COORDINATOR, role="coordinator", now=now)
+        entries.complete(writer, now=now)
+
+
+@contextmanager
+def _locked(folder: CoordinatorFolder) -> Iterator[None]:
+    """One at a time: two commands that read the same book would each write their own."""
+    if not folder.book.exists():
+        read_book(folder)
+    with (folder.book.with_suffix(".lock")).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

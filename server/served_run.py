@@ -1,0 +1,151 @@
+"""``fedgrade run --engine served``: a job for the SuperLink that serves, and for partners on machines of their own.
+
+The run belongs to the SuperLink: whoever submitted it may leave, and somebody else may follow it.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from fedgrade.errors import JobRefused
+from fedgrade.federation.release import open_release
+from fedgrade.federation.rounds import stages_of
+from fedgrade.job import TrainingJob, plan_job
+from fedgrade.trust.identity import SiteId
+from server.app import RUN_DIRECTORY
+from server.configure import compose_job
+from server.control import Control, ControlRefused
+from server.coordinator_folder import CoordinatorFolder
+from server.deployment import DeploymentFailed
+from server.engines import followed
+from server.enrolment import read_book
+from server.local_federation import LocalFederation
+from server.nodes_file import read_nodes
+from server.progress_board import progress_board
+from server.run_lock import run_lock
+from server.serving import attached, is_served
+from server.summary import announce, quality_table
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS: Final = 0.5
+
+
+def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resume: bool) -> None:
+    """Submit a job to the SuperLink that serves ``root``, or take up the one that lies there, and follow it to its end.
+
+    Raises:
+        NotServing: no SuperLink serves ``root``.
+        JobRefused: a run is on, the job is impossible, or too few partners are online.
+        DeploymentFailed: the run failed or was stopped; its checkpoint stands.
+    """
+    folder = CoordinatorFolder(root=root)
+    with attached(root) as control, run_lock(root):
+        going = control.unfinished()
+        if resume:
+            job = folder.read_job()
+        elif going:
+            raise JobRefused(
+                f"{root}: run {going[0]} is on; follow it with `fedgrade run --engine served --federation {root} "
+                f"--resume`, or end it with `fedgrade stop {root}`"
+            )
+        else:
+            job = _new_job(folder, overrides)
+            _require_online(console, control, job, root)
+            folder.put_job(job)
+        run_id = going[0] if going else control.submit({RUN_DIRECTORY: str(root.resolve())})
+        announce(console, job)
+        try:
+            with progress_board(console, stages=len(stages_of(job))) as board:
+                board.note(f"run {run_id}")
+                with followed(LocalFederation(root=root), board):
+                    _follow(control, run_id, root)
+        except KeyboardInterrupt:
+            console.print(
+                f"Run {run_id} goes on without you. Follow it with --resume, or end it with `fedgrade stop {root}`."
+            )
+            raise
+    _tell(console, folder, job)
+
+
+def declared_items(folder: CoordinatorFolder) -> dict[SiteId, int]:
+    """What every enrolled site published of its size.
+
+    Raises:
+        DocumentRefused: a file cannot be read.
+    """
+    if folder.book.exists():
+        return {site: body.declared_items for site, body in read_book(folder).membership.current.items()}
+    return LocalFederation(root=folder.root).declared_items()
+
+
+def _new_job(folder: CoordinatorFolder, overrides: tuple[str, ...]) -> TrainingJob:
+    declared = declared_items(folder)
+    if not declared:
+        raise JobRefused(f"{folder.root}: nobody is enrolled; put a partner on the roster with `fedgrade enrol`")
+    return plan_job(compose_job(list(overrides)), declared_items=declared, nonce=secrets.token_hex(16))
+
+
+def _require_online(console: Console, control: Control, job: TrainingJob, root: Path) -> None:
+    nodes, online = read_nodes(root), control.online()
+    away = [site for site in job.participants if nodes.get(site) not in online]
+    here, wanted = len(job.participants) - len(away), job.spec.aggregation.minimum_sites
+    if here < wanted:
+        raise JobRefused(
+            f"{here} of {len(job.participants)} sites are online, aggregation.minimum_sites is {wanted}; wait for "
+            f"{', '.join(away)}"
+        )
+    if away:
+        console.print(f"Not online, and counted on nevertheless: {', '.join(away)}")
+
+
+def _follow(control: Control, run_id: int, root: Path) -> None:
+    """Return when the run has completed.
+
+    Raises:
+        DeploymentFailed: it failed, was stopped, or its SuperLink ended.
+    """
+    threading.Thread(target=_read_log, args=(control, run_id), daemon=True).start()
+    while True:
+        try:
+            status = control.status(run_id)
+        except ControlRefused as error:
+            if not is_served(root):
+                raise DeploymentFailed(
+                    f"run {run_id}: its SuperLink ended ({error}); start `fedgrade serve {root}` again, then --resume"
+                ) from error
+            logger.info("%s", error)
+        else:
+            if status.outcome == "completed":
+                return
+            if status.finished:
+                raise DeploymentFailed(
+                    f"run {run_id} {status.outcome}: {status.details or 'no reason given'}; its checkpoint stands, and "
+                    "--resume goes on from there"
+                )
+        time.sleep(_LOOK_SECONDS)
+
+
+def _read_log(control: Control, run_id: int) -> None:
+    try:
+        for part in control.logs(run_id):
+            for line in part.splitlines():
+                logger.debug("%s", line)
+    except ControlRefused as error:
+        logger.debug("log of run %d: %s", run_id, error)
+
+
+def _tell(console: Console, folder: CoordinatorFolder, job: TrainingJob) -> None:
+    release = folder.job_folder(job) / "release"
+    opened = open_release(release, signed_by=folder.read_roster().coordinator)
+    console.print(quality_table(opened.release.metrics, job))
+    console.print(f"model release   {release}")
+    console.print(
+        "Give partners that folder; they verify it before use. To prove what was spent, ask them for copies of their "
+        f"ledgers, put them at {folder.root}/sites/<site>/ledger.jsonl, and run `fedgrade verify {folder.root}`."
+    )
