@@ -142,14 +142,16 @@ def _clipped(residuals: FloatArray, photos: FixedPointPhotos, max_grad_norm: flo
 def _clip_factors(residuals: IntArray, products: IntArray, whole: FloatArray) -> FloatArray:
     """What items' ``residuals`` [items, photos, grades - 1] are multiplied by: ``whole`` [items], or less for the clip.
 
-    Rounding toward zero afterwards can lengthen the sum over several photos, by no more than is taken off here. Photos
-    of one item that cancel to less than a sixteenth are shortened further, for sums of them to stay exact.
+    Rounding toward zero afterwards shortens one photo's residuals, but can lengthen the sum over several photos, by no
+    more than is taken off here. Photos of one item that cancel to less than a sixteenth are shortened further, for sums
+    of them to stay exact.
     """
     lengths = np.sqrt(_squared_lengths(residuals, products).astype(np.float64))
     reach = np.abs(residuals).max(axis=2, initial=0).sum(axis=1)
     photos = np.count_nonzero(residuals.any(axis=2), axis=1)
-    limit = 2.0**TRAIN_GRID_BITS - photos * np.sqrt(residuals.shape[2]) * _LARGEST_INPUT
-    clip = np.divide(limit * _SHRINK, lengths, out=np.full(len(whole), np.inf), where=lengths > 0)
+    rounding = np.where(photos > 1, photos * np.sqrt(residuals.shape[2]) * _LARGEST_INPUT, 0.0)
+    limit = (2.0**TRAIN_GRID_BITS - rounding) * _SHRINK
+    clip = np.divide(limit, lengths, out=np.full(len(whole), np.inf), where=lengths > 0)
     exact = np.divide(_LARGEST_REACH * _SHRINK, reach, out=np.zeros(len(whole)), where=reach > 0)
     return np.asarray(np.minimum(np.minimum(whole, clip), exact), dtype=np.float64)
 
