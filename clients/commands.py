@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from clients.agent import AgentClient, AgentServer, AgentStatus
+from clients.approval_commands import approve, decline, jobs
 from clients.gate import Gate
 from clients.join_commands import init, join, request
 from clients.node import LinkState, log_state, serve
@@ -29,7 +30,7 @@ def site() -> None:
     """Run this partner's node, and look after it."""
 
 
-for _command in (init, request, join):
+for _command in (init, request, join, jobs, approve, decline):
     site.add_command(_command)
 
 

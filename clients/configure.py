@@ -16,8 +16,10 @@ from fedgrade.data.assets import FeatureStore
 from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Photo, Split
 from fedgrade.data.photos import PhotoLimits, open_photo, verify_photos
 from fedgrade.errors import DocumentRefused
+from fedgrade.federation.approvals import Approvals
 from fedgrade.federation.charging import Charging
 from fedgrade.federation.holdings import CohortData, SiteData
+from fedgrade.federation.house_rules import HouseRules
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.policy import Policy
 from fedgrade.federation.site import Site, SiteIdentity
@@ -45,7 +47,12 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
     if identity.roster.key_of(settings.site) != identity.key.public:
         raise DocumentRefused(f"site {settings.site}: the roster names another key; send the coordinator your new one")
     policy_path = site.path(settings.policy)
-    policy = decode_yaml(Policy, read_own_file(policy_path, what="policy"), what=f"policy {policy_path}")
+
+    def read_policy() -> Policy:
+        return decode_yaml(Policy, read_own_file(policy_path, what="policy"), what=f"policy {policy_path}")
+
+    # Once at the start, so that an operator who is there sees at once what is wrong with it.
+    read_policy()
     cohorts = {
         name: CohortData(
             manifest=read_own_file(site.path(cohort.manifest), what="manifest", limit=MAX_MANIFEST_BYTES),
@@ -64,8 +71,9 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
     )
     outbox = Outbox(site.path(settings.outbox))
     members = site.path(settings.ledger + ".members")
+    rules = HouseRules(read_policy, approvals=Approvals(site.approvals), local_time=lambda: datetime.now().astimezone())
     return (
-        Site(identity=identity, data=data, policy=policy, charging=charging, outbox=outbox, members=members),
+        Site(identity=identity, data=data, rules=rules, charging=charging, outbox=outbox, members=members),
         charging,
     )
 

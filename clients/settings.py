@@ -103,6 +103,11 @@ class SiteFolder:
         return self.path(self.settings.socket)
 
     @property
+    def approvals(self) -> Path:
+        """Where the jobs are that a person was asked about."""
+        return self.path(self.settings.ledger + ".approvals")
+
+    @property
     def link(self) -> NodeLink:
         """How the node reaches the coordinator.
 

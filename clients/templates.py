@@ -57,6 +57,10 @@ minimum_items: {minimum_items}           # with fewer of one's own, stay out
 backbones: [{backbones}]    # networks it runs
 grades: {grades}            # the labels it grades by, best to worst; other jobs are refused
 synthetic_ceiling: {synthetic_ceiling}      # largest share of synthetic photos in its own training data
+releases: [centre, train, evaluate]   # what its items may be asked for; without evaluate it is not measured on
+coordinators: []            # fingerprints of coordinators it works for; none named, the one of its roster
+hours: ""                   # when it answers, by this machine's clock, as 20:00-06:00; empty for always
+approval: false             # whether a person must approve each job: fedgrade site approve
 """
 
 

@@ -33,6 +33,10 @@ class PolicyViolated(FedgradeError):
     """A job asks for something the partner's policy file forbids."""
 
 
+class SiteWaits(FedgradeError):
+    """The partner's own rules say not now: closed hours, a person to ask, a policy file that cannot be read."""
+
+
 class PlanRefused(FedgradeError):
     """A privacy plan is impossible, or two accountants disagree about what it costs."""
 

@@ -4,8 +4,9 @@ A reply that does not verify counts as silence and is logged.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from fedgrade.federation.messages import (
     Contribution,
     Opened,
     Refusal,
+    RefusalCode,
     Reply,
     Request,
     read_message,
@@ -32,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 RESENDS = 2
 # Refusals after which the same site may answer the next question.
-_PASSING = frozenset({"spent", "attempt"})
+PASSING: frozenset[RefusalCode] = frozenset({"spent", "attempt"})
+_NOT_NOW: frozenset[RefusalCode] = frozenset({"ledger", "waiting"})
 
 
 class Cohort(Protocol):
@@ -73,9 +76,14 @@ class Exchange:
         self._stood.update(stood)
 
     def ask(
-        self, bodies: Mapping[SiteId, Asked], *, tensors: bytes = b"", deadline_seconds: float | None = None
+        self,
+        bodies: Mapping[SiteId, Asked],
+        *,
+        tensors: bytes = b"",
+        deadline_seconds: float | None = None,
+        passing: Collection[RefusalCode] = PASSING,
     ) -> dict[SiteId, Opened[Reply]]:
-        """Verified replies to ``bodies``; a refusal puts its site out of the job, unless asking again may help."""
+        """Verified replies to ``bodies``; a refusal puts its site out of the job, unless its code is ``passing``."""
         requests = {site: self._request(site, body, tensors) for site, body in bodies.items()}
         replies: dict[SiteId, Opened[Reply]] = {}
         deadline = self.deadline_seconds if deadline_seconds is None else deadline_seconds
@@ -88,14 +96,14 @@ class Exchange:
                 logger.warning("site %s: reply discarded: %s", site, error)
                 continue
             body = reply.document.body
-            if isinstance(body, Refusal) and body.code == "ledger":
-                # A full disk was nobody's decision: nothing was released, and space may be back by the next question.
-                logger.warning("site %s cannot use its ledger, counted as silent: %s", site, body.reason)
-                self._unable[site] = f"refused (ledger): {body.reason}"
+            if isinstance(body, Refusal) and body.code in _NOT_NOW:
+                # Nobody's decision about the job, such as a full disk: nothing was released, and asking later may help.
+                logger.warning("site %s: not now (%s), counted as silent: %s", site, body.code, body.reason)
+                self._unable[site] = f"refused ({body.code}): {body.reason}"
                 continue
             replies[site] = reply
             self._unable.pop(site, None)
-            if isinstance(body, Refusal) and body.code not in _PASSING:
+            if isinstance(body, Refusal) and body.code not in passing:
                 self.put_out(site, f"refused ({body.code}): {body.reason}")
         return replies
 
@@ -135,8 +143,8 @@ class Exchange:
         self._out.update(self._unable)
         self.active = tuple(site for site in self.active if site in admitted)
 
-    def require_enough(self, answered: int, *, what: str) -> None:
-        """Return if as many sites answered as the job asks for.
+    def require_enough(self, answered: int, *, what: str, missing: Mapping[SiteId, str] = MappingProxyType({})) -> None:
+        """Return if as many sites answered as the job asks for; ``missing`` says why others did not.
 
         Raises:
             RoundFailed: names who stays out and why.
@@ -144,7 +152,7 @@ class Exchange:
         wanted = self.job.spec.aggregation.minimum_sites
         if answered < wanted:
             reasons: dict[str, list[SiteId]] = {}
-            for site, why in {**self._unable, **self._out}.items():
+            for site, why in {**missing, **self._unable, **self._out}.items():
                 reasons.setdefault(why, []).append(site)
             named = "; ".join(f"{', '.join(who)} {why}" for why, who in reasons.items())
             raise RoundFailed(

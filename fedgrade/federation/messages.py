@@ -23,8 +23,11 @@ _MAGIC = b"FGM1"
 _PREFIX = struct.Struct("<4sI")
 
 Document = TypeVar("Document", "Request", "Reply")
-# "spent" and "attempt" ask for a further attempt: this one was charged before, or cannot be gone on with.
-RefusalCode = Literal["malformed", "policy", "budget", "stale", "spent", "attempt", "data", "ledger", "model"]
+# "spent" and "attempt" ask for a further attempt: this one was charged before, or cannot be gone on with. "waiting" and
+# "ledger" are no decision about the job: asking later may help.
+RefusalCode = Literal[
+    "malformed", "policy", "budget", "stale", "spent", "attempt", "data", "ledger", "model", "waiting"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

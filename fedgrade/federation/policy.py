@@ -3,19 +3,22 @@
 Nothing here is ever read from the wire, and nothing a job says can widen it.
 """
 
+import re
 from dataclasses import dataclass
+from datetime import time
 from fractions import Fraction
 from typing import Literal
 
-from fedgrade.errors import DocumentRefused, PolicyViolated
+from fedgrade.errors import DocumentRefused, PolicyViolated, SiteWaits
 from fedgrade.job import MIN_ITEMS, TrainingJob
 from fedgrade.privacy.accounting import MIN_DELTA, printed
 from fedgrade.privacy.budget import Ceiling, Spending
 from fedgrade.privacy.plan import exact
-from fedgrade.trust.identity import SiteId
-from fedgrade.trust.records import Composition
+from fedgrade.trust.identity import PublicKey, SiteId
+from fedgrade.trust.records import SHA256, Composition, Purpose
 
 Mode = Literal["local", "distributed", "local_sgd"]
+_HOURS = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,10 @@ class Policy:
             so that jobs cannot ask about single labels.
         synthetic_ceiling: largest share of synthetic training photos in this partner's own manifest; a job that wants
             less is refused unread, for the same reason.
+        releases: what this partner lets its items be asked for; without ``evaluate`` it trains and is not measured on.
+        coordinators: fingerprints of coordinators it works for; none named, whichever its roster names.
+        hours: when it answers, by its machine's own clock, as ``20:00-06:00``; empty for always.
+        approval: whether a person must approve each job before this site takes part.
     """
 
     modes: tuple[Mode, ...]
@@ -50,6 +57,10 @@ class Policy:
     backbones: tuple[str, ...]
     grades: tuple[str, ...]
     synthetic_ceiling: float
+    releases: tuple[Purpose, ...] = ("centre", "train", "evaluate")
+    coordinators: tuple[str, ...] = ()
+    hours: str = ""
+    approval: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epsilon_limit", "epsilon_per_job"):
@@ -67,6 +78,16 @@ class Policy:
         for name in ("maximum_rounds", "maximum_attempts", "minimum_participants"):
             if getattr(self, name) < 1:
                 raise DocumentRefused(f"policy.{name}: {getattr(self, name)} must be at least 1")
+        self._require_habits()
+
+    def _require_habits(self) -> None:
+        if self.hours and not _HOURS.fullmatch(self.hours):
+            raise DocumentRefused(f"policy.hours: {self.hours[:40]!r} must be like 20:00-06:00, or empty for always")
+        for fingerprint in self.coordinators:
+            if not SHA256.fullmatch(fingerprint):
+                raise DocumentRefused(
+                    f"policy.coordinators: {fingerprint[:80]!r} must be a fingerprint, 64 hexadecimal digits"
+                )
 
     @property
     def composition(self) -> Composition:
@@ -77,6 +98,41 @@ class Policy:
     def ceiling(self) -> Ceiling:
         """The lifetime limit on each account."""
         return Ceiling(epsilon=exact(self.epsilon_limit), delta=exact(self.delta), composition=self.composition)
+
+
+def require_open(policy: Policy, now: time) -> None:
+    """Return if a site with ``policy`` answers at the time of day ``now``.
+
+    Raises:
+        SiteWaits: it does not, and says when it will.
+    """
+    if not policy.hours:
+        return
+    begin, end = (time.fromisoformat(text) for text in policy.hours.split("-"))
+    # Over midnight, the open hours are those outside of end to begin.
+    within = begin <= now < end if begin < end else now >= begin or now < end
+    if not within:
+        raise SiteWaits(f"this site answers in its policy.hours, {policy.hours} by its own clock")
+
+
+def require_coordinator(policy: Policy, key: PublicKey) -> None:
+    """Return if ``policy`` lets its site work for the coordinator with ``key``.
+
+    Raises:
+        PolicyViolated: it names others.
+    """
+    if policy.coordinators and key.key_id not in policy.coordinators:
+        raise PolicyViolated(f"coordinator {key.key_id[:16]} is not among policy.coordinators")
+
+
+def require_release(policy: Policy, purpose: Purpose) -> None:
+    """Return if ``policy`` lets its site's items be asked for ``purpose``.
+
+    Raises:
+        PolicyViolated: it does not.
+    """
+    if purpose not in policy.releases:
+        raise PolicyViolated(f"{purpose} is not among policy.releases {list(policy.releases)}")
 
 
 def admit(job: TrainingJob, *, policy: Policy, site: SiteId, declared_items: int) -> None:

@@ -24,9 +24,11 @@ from fedgrade.errors import (
     MessageRefused,
     ModelRefused,
     PolicyViolated,
+    SiteWaits,
 )
 from fedgrade.federation.charging import Ask, Charging, Reserved
 from fedgrade.federation.holdings import SiteData, read_holdings
+from fedgrade.federation.house_rules import HouseRules
 from fedgrade.federation.messages import (
     AdmitRequest,
     Admitted,
@@ -49,7 +51,7 @@ from fedgrade.federation.messages import (
 )
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.payloads import Head, read_head, write_release
-from fedgrade.federation.policy import Policy, admit
+from fedgrade.federation.policy import Policy, admit, require_coordinator, require_release
 from fedgrade.federation.releases import SiteRows, compute_release, load_rows, noisy_sum
 from fedgrade.federation.site_accounts import OpenJob, SiteAccounts
 from fedgrade.federation.sum_desk import SumDesk
@@ -84,14 +86,15 @@ class Site:
         *,
         identity: SiteIdentity,
         data: SiteData,
-        policy: Policy,
+        rules: HouseRules,
         charging: Charging,
         outbox: Outbox,
         members: Path,
     ) -> None:
         self._identity = identity
         self._data = data
-        self._policy = policy
+        self._rules = rules
+        self._policy: Policy | None = None
         self._charging = charging
         self._outbox = outbox
         # A deterministic signature is a secret that only this key can make: commitments bind and reveal nothing.
@@ -120,13 +123,14 @@ class Site:
         document = request.document
         if document.site != self._identity.site:
             raise MessageRefused(f"message for {document.site}; this is {self._identity.site}")
+        policy = self._current_policy()
         match document.body:
             case AdmitRequest():
-                return self._admit(document, document.body, request_digest)
+                return self._admit(document, document.body, request_digest, policy)
             case CommitRequest():
-                return self._commit(document.job, document.body, request_digest)
+                return self._commit(document.job, document.body, request_digest, policy)
             case ContributeRequest():
-                return self._contribute(request, document.body, request_digest)
+                return self._contribute(request, document.body, request_digest, policy)
             case VoteRequest():
                 return self._reply(Voted(vote=self._sums.vote(document.body.survivors)), request_digest)
             case RevealRequest():
@@ -134,13 +138,23 @@ class Site:
             case _:
                 assert_never(document.body)
 
-    def _admit(self, request: Request, body: AdmitRequest, request_digest: str) -> bytes:
-        opened = self._read_job(body.job_envelope)
+    def _current_policy(self) -> Policy:
+        """The partner's policy as it stands now; what was opened under another is forgotten, and asked for anew."""
+        policy = self._rules.now()
+        require_coordinator(policy, self._identity.roster.coordinator)
+        if policy != self._policy:
+            self._jobs = {}
+            self._policy = policy
+        return policy
+
+    def _admit(self, request: Request, body: AdmitRequest, request_digest: str, policy: Policy) -> bytes:
+        opened = self._read_job(body.job_envelope, policy)
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
         seen = self._require_watched(body)
         members = self._accounts.require_apart(opened.holdings)
-        accounts = self._accounts.affordable(opened, self._policy)
+        accounts = self._accounts.affordable(opened, policy)
+        self._rules.require_approved(policy, opened.job, body.job_envelope)
         self._data.photos.prepare(opened.job.spec.model, opened.holdings.photos)
         self._accounts.put_under_account(opened.holdings, members)
         self._charging.accept(opened.job, envelope=body.job_envelope, accounts=accounts)
@@ -163,27 +177,32 @@ class Site:
         self._charging.require_begins_with(seen)
         return seen.entries
 
-    def _commit(self, job: str, body: CommitRequest, request_digest: str) -> bytes:
+    def _commit(self, job: str, body: CommitRequest, request_digest: str, policy: Policy) -> bytes:
         """Take part in a secure sum, if this site could answer and pay when its turn comes."""
         task = body.proposal.terms.task
-        opened, ask = self._asked(job, task.purpose, task.round_index, task.attempt)
-        self._accounts.payers(opened, ask, self._policy)
-        commitment = self._sums.commit(opened.job, ask, body.proposal, policy=self._policy)
+        opened, ask = self._asked(job, task.purpose, task.round_index, task.attempt, policy=policy)
+        self._accounts.payers(opened, ask, policy)
+        commitment = self._sums.commit(opened.job, ask, body.proposal, policy=policy)
         return self._reply(Committed(commitment=commitment), request_digest)
 
-    def _asked(self, job: str, purpose: Purpose, round_index: int, attempt: int) -> tuple[OpenJob, Ask]:
+    def _asked(
+        self, job: str, purpose: Purpose, round_index: int, attempt: int, *, policy: Policy
+    ) -> tuple[OpenJob, Ask]:
         """The job, and the place in it that is asked for, which its plan has and which nothing was charged for yet."""
-        opened = self._opened(job)
+        opened = self._opened(job, policy)
+        require_release(policy, purpose)
         if not 0 <= round_index < (opened.job.plan.rounds if purpose == "train" else 1) or attempt < 0:
             raise MessageRefused(f"{purpose} round {round_index}: the plan has no such round")
         ask = Ask(job=opened.job.digest, purpose=purpose, round_index=round_index, attempt=attempt)
-        self._charging.require_fresh(ask, maximum_attempts=self._policy.maximum_attempts)
+        self._charging.require_fresh(ask, maximum_attempts=policy.maximum_attempts)
         return opened, ask
 
-    def _contribute(self, request: Opened[Request], body: ContributeRequest, request_digest: str) -> bytes:
-        opened, ask = self._asked(request.document.job, body.purpose, body.round_index, body.attempt)
+    def _contribute(
+        self, request: Opened[Request], body: ContributeRequest, request_digest: str, policy: Policy
+    ) -> bytes:
+        opened, ask = self._asked(request.document.job, body.purpose, body.round_index, body.attempt, policy=policy)
         head = read_head(request.tensors, opened.job)
-        accounts = self._accounts.payers(opened, ask, self._policy)
+        accounts = self._accounts.payers(opened, ask, policy)
         weights = request.document.tensors_digest
         transcript = self._sums.confirm(opened.job, ask, body.commitments, weights_digest=weights)
         # Charge before any photo is read: a crash may waste budget but can never hide a release.
@@ -191,7 +210,7 @@ class Site:
             ask,
             accounts=accounts,
             mechanism=opened.job.plan.mechanism(ask.purpose),
-            ceiling=self._policy.ceiling,
+            ceiling=policy.ceiling,
             weights_digest=weights,
             transcript=transcript or "",
         )
@@ -229,13 +248,13 @@ class Site:
         upload = self._sums.mask(noisy_sum(opened.job, ask.purpose, head, rows=rows))
         return upload.document.decode(), write_release(upload.vector)
 
-    def _read_job(self, envelope: str) -> OpenJob:
+    def _read_job(self, envelope: str, policy: Policy) -> OpenJob:
         """The sealed job, checked against this site's policy and read together with this site's manifest."""
         coordinator = self._identity.roster.coordinator
         job = open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
-        admit(job, policy=self._policy, site=self._identity.site, declared_items=self._data.declared_items)
+        admit(job, policy=policy, site=self._identity.site, declared_items=self._data.declared_items)
         self._require_known(job)
-        holdings = read_holdings(self._data, grading=job.spec.grading, policy=self._policy, secret=self._secret)
+        holdings = read_holdings(self._data, grading=job.spec.grading, policy=policy, secret=self._secret)
         return OpenJob(job=job, holdings=holdings)
 
     def _require_known(self, job: TrainingJob) -> None:
@@ -244,10 +263,10 @@ class Site:
         if strangers:
             raise PolicyViolated(f"job {job.spec.name}: participant {strangers[0]} is not on this site's roster")
 
-    def _opened(self, job_digest: str) -> OpenJob:
+    def _opened(self, job_digest: str, policy: Policy) -> OpenJob:
         if job_digest not in self._jobs:
             # After a restart: the ledger remembers what was admitted, and policy is asked once more.
-            opened = self._read_job(self._charging.accepted(job_digest).job_envelope)
+            opened = self._read_job(self._charging.accepted(job_digest).job_envelope, policy)
             # The partner may have moved its ceiling meanwhile; charges must stand under the one on record.
             self._accounts.put_under_account(opened.holdings, self._accounts.require_apart(opened.holdings))
             self._jobs = {job_digest: opened}
@@ -281,6 +300,7 @@ class Site:
 
 _CODES: tuple[tuple[type[Exception], RefusalCode], ...] = (
     (PolicyViolated, "policy"),
+    (SiteWaits, "waiting"),
     (BudgetExceeded, "budget"),
     (AlreadyCharged, "spent"),
     (AttemptOver, "attempt"),

@@ -22,8 +22,10 @@ from PIL import Image
 from fedgrade.aggregation.mean import AggregationSpec
 from fedgrade.data.manifest import Photo, Provenance, Split, write_manifest
 from fedgrade.data.photos import PhotoLimits, open_photo, verify_photos
+from fedgrade.federation.approvals import Approvals
 from fedgrade.federation.charging import Charging
 from fedgrade.federation.holdings import CohortData, PhotoFeatures, SiteData
+from fedgrade.federation.house_rules import HouseRules
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.messages import (
     AdmitRequest,
@@ -233,10 +235,11 @@ class SmallFederation:
         self,
         name: SiteId = NAMES[0],
         *,
-        policy: Policy = POLICY,
+        policy: Policy | Callable[[], Policy] = POLICY,
         photos: PhotoFeatures | None = None,
         cohorts: Mapping[str, tuple[str, int]] = ONE_COHORT,
         photos_per_item: int = 9,
+        local_time: datetime = FIRST,
     ) -> Iterator[Site]:
         """One site, its ledger held until the block ends; ``cohorts`` by name: manifest and declared items."""
         folder = self.folder(name)
@@ -255,11 +258,19 @@ class SmallFederation:
             yield Site(
                 identity=identity,
                 data=data,
-                policy=policy,
+                rules=HouseRules(
+                    policy if callable(policy) else lambda: policy,
+                    approvals=self.approvals(name),
+                    local_time=lambda: local_time,
+                ),
                 charging=charging,
                 outbox=outbox,
                 members=folder / "members.json",
             )
+
+    def approvals(self, name: SiteId = NAMES[0]) -> Approvals:
+        """What one site's operator was asked, and said."""
+        return Approvals(self.folder(name) / "approvals")
 
     @contextmanager
     def answers(self, **settings: object) -> Iterator[dict[SiteId, Callable[[bytes], bytes]]]:
