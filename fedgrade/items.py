@@ -90,15 +90,12 @@ class ItemPhotos:
         positions = np.arange(len(self))[chosen]
         return replace(self, photos=tuple(self.photos[item] for item in positions), grades=self.grades[chosen])
 
-    def pieces(self) -> Iterator[tuple[FeatureArray, IntArray, FloatArray]]:
-        """Inputs [photos, 3, input, input], each one's item [photos] and weight [photos] in it, a few at a time."""
-        counts = np.array([len(numbers) for numbers in self.photos])
-        items, numbers = np.repeat(np.arange(len(self)), counts), np.concatenate(self.photos)
-        for start in range(0, len(numbers), PHOTOS_AT_ONCE):
-            here = slice(start, start + PHOTOS_AT_ONCE)
-            upright, weights = self.opened(numbers[here]), 1.0 / (counts[items[here]] * len(self.views))
-            for view in self.views:
-                yield seen(upright, view), items[here], weights
+    def shown(self, item: int) -> Iterator[FeatureArray]:
+        """Network inputs [inputs, 3, input, input] of one item's photos in every view, a few at a time."""
+        numbers, at_once = self.photos[item], max(1, PHOTOS_AT_ONCE // len(self.views))
+        for start in range(0, len(numbers), at_once):
+            upright = self.opened(numbers[start : start + at_once])
+            yield np.concatenate([seen(upright, view) for view in self.views])
 
     def __len__(self) -> int:
         return len(self.grades)

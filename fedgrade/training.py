@@ -8,8 +8,10 @@ step. Sampling, noise, the number of steps and the batch size that updates are s
 plan, and nothing of Opacus outlives a round.
 """
 
+import functools
 import hashlib
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -31,6 +33,7 @@ from fedgrade.errors import ModelRefused
 from fedgrade.items import ItemBatch, ItemPhotos
 from fedgrade.model.backbones import torch_device, torch_threads
 from fedgrade.model.networks import PhotoLinear, learning_parameters
+from fedgrade.model.preprocessing import FeatureArray
 from fedgrade.privacy.noise import floating_gaussian, poisson_sample
 from fedgrade.trust.records import PoissonGaussian
 
@@ -74,11 +77,9 @@ def train_by_sgd(module: nn.Module, items: ItemBatch | ItemPhotos, recipe: SgdRe
     if errors := ModuleValidator.validate(module.train(), strict=False):
         raise ModelRefused(f"model: cannot be trained privately: {errors[0]}")
     before, frozen = _flat(module), _buffers(module)
-    steps = _steps(module, items, recipe)
-    with torch_threads(items.compute.threads) if isinstance(items, ItemPhotos) else nullcontext():
+    with closing(_steps(module, items, recipe)) as steps:
         for _ in range(recipe.mechanism.steps):
             steps.step(poisson_sample(len(items), rate=float(recipe.mechanism.sampling_rate)))
-    steps.close()
     if _buffers(module) != frozen:
         raise ModelRefused("model: statistics of the frozen network changed in training; nothing of it is sent")
     return _in_single_range(_flat(module) - before)
@@ -193,42 +194,46 @@ class _PhotoSteps:
         # For one photo on a CPU torch falls back to slow convolutions, which are the least slow with channels last.
         self._module = module.to(self._device).to(memory_format=torch.channels_last)
         self._optimizer = _PhotoOptimizer(**_settings(module, recipe))
+        # An item a thread, not a layer in several: threads that meet after every layer wait for whoever lost a core.
+        self._workers = ThreadPoolExecutor(items.compute.threads if self._device == "cpu" else 1)
 
     def step(self, chosen: BoolArray) -> None:
         """One step with the ``chosen`` items, in pieces that bound the memory; with none it is one of noise alone."""
         photos = self._items.take(chosen)
-        self._optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(photos), _PHOTO_ITEMS):
-            self._add(photos.take(slice(start, start + _PHOTO_ITEMS)))
+        self._optimizer.zero_grad()
+        repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+        with torch_threads(1), repeatable:
+            for start in range(0, len(photos), _PHOTO_ITEMS):
+                self._add(photos.take(slice(start, start + _PHOTO_ITEMS)))
         # The step itself is always that of an empty batch: it adds nothing but noise to what has been summed up.
         for parameter in self._optimizer.params:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
         self._optimizer.step()
 
     def close(self) -> None:
-        """Leave the module on the CPU."""
+        """Leave the module on the CPU, and no thread behind."""
+        self._workers.shutdown(cancel_futures=True)
         self._module.to("cpu")
 
     def _add(self, photos: ItemPhotos) -> None:
         """Add the clipped gradients of the items to the step's sum."""
-        parameters = self._optimizer.params
-        for parameter in parameters:
-            parameter.grad_sample = []
-        for item in range(len(photos)):
-            self._differentiate(photos.take(slice(item, item + 1)))
-            for parameter in parameters:
-                parameter.grad_sample.append(parameter.grad[None])
-                parameter.grad = None
+        gradients = self._workers.map(functools.partial(self._item_gradients, photos), range(len(photos)))
+        for parameter, parts in zip(self._optimizer.params, zip(*gradients, strict=True), strict=True):
+            parameter.grad_sample = [part[None] for part in parts]
         self._optimizer.clip_and_accumulate()
 
-    def _differentiate(self, item: ItemPhotos) -> None:
-        """Leave the gradient of one item's mean loss over its photos and views in each parameter's ``grad``."""
-        for inputs, _, weights in item.pieces():
-            # A copy of torch's own: where an array begins in memory may decide last bits too.
-            alone = torch.tensor(inputs, device=self._device).contiguous(memory_format=torch.channels_last)
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-                losses = _ordinal_losses(self._module(alone), np.repeat(item.grades, len(inputs)))
-                torch.autograd.backward((losses * torch.from_numpy(weights).to(losses)).sum())
+    def _item_gradients(self, photos: ItemPhotos, item: int) -> list[torch.Tensor]:
+        """Each parameter's gradient [...] of one item's mean loss over its photos and views."""
+        inputs = len(photos.photos[item]) * len(photos.views)
+        parts = [self._gradients(shown, photos.grades[item], 1.0 / inputs) for shown in photos.shown(item)]
+        return [functools.reduce(torch.add, part) for part in zip(*parts, strict=True)]
+
+    def _gradients(self, inputs: FeatureArray, grade: np.int64, weight: float) -> tuple[torch.Tensor, ...]:
+        """Each parameter's gradient [...] of the losses of one item's ``inputs``, added up and times ``weight``."""
+        # A copy of torch's own: where an array begins in memory may decide last bits too.
+        alone = torch.tensor(inputs, device=self._device).contiguous(memory_format=torch.channels_last)
+        losses = _ordinal_losses(self._module(alone), np.repeat(grade, len(inputs)))
+        return torch.autograd.grad(weight * losses.sum(), self._optimizer.params)
 
 
 def _ordinal_losses(scores: torch.Tensor, grades: IntArray) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Networks and photos made to break the clip of an item: what is huge, wide, not finite, or hangs on its neighbours."""
 
 import copy
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from opacus.optimizers import DPOptimizer  # noqa: E402 - after the skips
 from torch import nn  # noqa: E402
 
 from fedgrade import training  # noqa: E402
+from fedgrade.errors import DataRefused  # noqa: E402
+from fedgrade.model.backbones import Compute  # noqa: E402
 from fedgrade.training import train_by_sgd  # noqa: E402
 from tests.small_training import CLIP, HEAD, ON_PHOTOS, feature_items, fresh, photo_items, recipe  # noqa: E402
 
@@ -122,6 +125,18 @@ def test_an_items_gradient_is_its_own_to_the_last_bit(spec, monkeypatch):
     for chosen in ([3], [2, 1], [0, 1, 3]):
         found = item_gradients(spec, items.take(np.array(chosen)), monkeypatch)
         assert found == [whole[item] for item in chosen]
+    two_threads = replace(items, compute=Compute(device="cpu", threads=2))
+    assert item_gradients(spec, two_threads, monkeypatch) == whole
+
+
+def test_a_photo_that_does_not_open_stops_the_round_and_leaves_no_thread(tmp_path):
+    def gone(numbers):
+        raise DataRefused(f"{tmp_path}: {len(numbers)} photos are gone")
+
+    before = threading.active_count()
+    with pytest.raises(DataRefused, match="1 photos are gone"):
+        train_by_sgd(Loud(), replace(loud_items((1.0,), (2.0,)), opened=gone), recipe())
+    assert threading.active_count() == before
 
 
 class Mixing(nn.Module):

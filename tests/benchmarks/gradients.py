@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.grad_sample import (
+    GradSampleModule,
+    GradSampleModuleExpandedWeights,
+    GradSampleModuleFastGradientClipping,
+)
 from opacus.optimizers import DPOptimizer
 from stopwatch import paired_seconds, ratio
 from torch import nn
@@ -40,7 +44,7 @@ RECIPE = SgdRecipe(
     declared_items=ITEMS,
 )
 PRODUCT, PLAIN = "fedgrade", "no privacy (torch)"
-HOOKS, FUNCTORCH, GHOST = "Opacus, hooks", "Opacus, functorch", "Opacus, ghost"
+HOOKS, FUNCTORCH, GHOST, EXPANDED = "Opacus, hooks", "Opacus, functorch", "Opacus, ghost", "Opacus, ew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ def gradients(spec: JobSpec) -> str:
         tables = [
             _table(f"head, {ITEMS} items", head, {PRODUCT: _full_batch(head), **_others(head)}),
             _table(f"adapter and head, {ITEMS} items", adapter, {PRODUCT: _ghost_steps(adapter), **_others(adapter)}),
-            _table(f"network and head, {PHOTOS} photos", network, {PRODUCT: _hooked(network), **_others(network)}),
+            _table(f"network and head, {PHOTOS} photos", network, {PRODUCT: _one_by_one(network), **_others(network)}),
         ]
     finally:
         torch.set_num_threads(threads)
@@ -82,8 +86,8 @@ def gradients(spec: JobSpec) -> str:
         f"Medians of {REPETITIONS} repetitions in turn ({PHOTO_REPETITIONS} for photos); one thread; clipped sums, no "
         "noise. *fedgrade* is `clipped_gradient_sum` for the head (exact products of integers: "
         "no other item can move a last bit), and a step of `local_sgd` for the adapter (rank 16, features of one "
-        "pooling) and for the network (ResNet-10-T with group norms, photos of 96 pixels; items' gradients in double "
-        "precision). Features are in double precision for all, photos in single."
+        "pooling) and for the network (ResNet-10-T with group norms, photos of 96 pixels; a pass for each item by "
+        "itself, clip and sum in double precision). Features are in double precision for all, photos in single."
     )
     return "\n\n".join([setup, *tables])
 
@@ -121,8 +125,11 @@ def _others(problem: Problem) -> dict[str, Callable[[], object]]:
     return {
         PLAIN: _plain(problem),
         GHOST: _ghost(problem),
-        HOOKS: _materialised(problem, functorch=False),
-        FUNCTORCH: _materialised(problem, functorch=True),
+        HOOKS: _materialised(problem, GradSampleModule(_plain_layers(problem), loss_reduction="sum")),
+        FUNCTORCH: _materialised(
+            problem, GradSampleModule(_plain_layers(problem), loss_reduction="sum", force_functorch=True)
+        ),
+        EXPANDED: _materialised(problem, GradSampleModuleExpandedWeights(_plain_layers(problem), loss_reduction="sum")),
     }
 
 
@@ -142,7 +149,7 @@ def _ghost_steps(problem: Problem) -> Callable[[], object]:
     return step
 
 
-def _hooked(problem: Problem) -> Callable[[], object]:
+def _one_by_one(problem: Problem) -> Callable[[], object]:
     photos = ItemPhotos(
         opened=lambda numbers: problem.inputs[numbers],
         photos=tuple(np.array([number]) for number in range(PHOTOS)),
@@ -174,9 +181,8 @@ def _plain(problem: Problem) -> Callable[[], object]:
     return step
 
 
-def _materialised(problem: Problem, *, functorch: bool) -> Callable[[], object]:
+def _materialised(problem: Problem, wrapped: nn.Module) -> Callable[[], object]:
     """Each item's gradient in memory, clipped and added up by Opacus' optimizer."""
-    wrapped = GradSampleModule(_plain_layers(problem), loss_reduction="sum", force_functorch=functorch)
     optimizer = DPOptimizer(
         torch.optim.SGD(wrapped.parameters(), lr=1e-6), noise_multiplier=0.0, max_grad_norm=CLIP,
         expected_batch_size=len(problem.grades),
