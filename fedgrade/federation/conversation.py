@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 
 from fedgrade.aggregation.mean import mean_of_updates, sum_of_releases
+from fedgrade.aggregation.secure_sum.signed import open_share_key
 from fedgrade.errors import FedgradeError
 from fedgrade.federation.exchange import RESENDS, Exchange, Received
 from fedgrade.federation.gathered import Gathered
@@ -85,9 +86,9 @@ class Conversation:
             if not silent:
                 break
             for site, reply in self._exchange.ask(silent).items():
-                if isinstance(reply.document.body, Admitted) and self._watched(site, reply.document.body):
+                body = reply.document.body
+                if isinstance(body, Admitted) and self._watched(site, body) and self._keyed(site, body):
                     admitted.add(site)
-                    self._share_keys[site] = reply.document.body.share_key.encode()
         return admitted
 
     def _watched(self, site: SiteId, body: Admitted) -> bool:
@@ -97,6 +98,19 @@ class Conversation:
         except FedgradeError as error:
             self._exchange.put_out(site, f"stays out: {error}")
             return False
+        return True
+
+    def _keyed(self, site: SiteId, body: Admitted) -> bool:
+        """Whether ``site`` announced a key that others can encrypt shares under, if they will; if not, it stays out."""
+        job = self._exchange.job
+        if job.spec.aggregation.tolerate_dropouts:
+            raw = body.share_key.encode()
+            try:
+                open_share_key(raw, job=job.digest, site=site, roster=self._exchange.witness.roster)
+            except FedgradeError as error:
+                self._exchange.put_out(site, f"stays out: {error}")
+                return False
+            self._share_keys[site] = raw
         return True
 
     def _each(self, purpose: Purpose, round_index: int, tensors: bytes) -> dict[SiteId, Received]:

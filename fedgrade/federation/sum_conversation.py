@@ -1,20 +1,22 @@
 """How the coordinator gathers a total under masks: everybody commits, then everybody sends; or another attempt begins.
 
 A site that vanishes ends its attempt within the stage's deadline, and the next goes on without it; for some stages
-after that, it is not waited for. Nobody pays for an attempt to which somebody did not commit.
+after that, it is not waited for. Nobody pays for an attempt to which somebody did not commit. A site that ends attempts
+which others paid for is left alone the longer, whether it lies or is only unlucky.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedgrade.aggregation.secure_sum.coordinator import SumCoordinator, propose
-from fedgrade.aggregation.secure_sum.documents import SumTerms
+from fedgrade.aggregation.secure_sum.documents import SumSurvivors, SumTerms, SumVotes
 from fedgrade.aggregation.secure_sum.evidence import SumEvidence
 from fedgrade.errors import FedgradeError, RoundFailed
 from fedgrade.federation.charging import Ask
-from fedgrade.federation.exchange import RESENDS, Exchange, Received
+from fedgrade.federation.exchange import PASSING, RESENDS, Exchange, Received
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.messages import (
     Asked,
@@ -24,6 +26,7 @@ from fedgrade.federation.messages import (
     Contribution,
     Opened,
     Refusal,
+    RefusalCode,
     Reply,
     Revealed,
     RevealRequest,
@@ -40,15 +43,68 @@ from fedgrade.trust.records import Purpose
 logger = logging.getLogger(__name__)
 
 _LONGEST_REST = 16  # stages
+# A site whose policy asks for more company may be asked again when others are back.
+_PASSING: frozenset[RefusalCode] = PASSING | frozenset[RefusalCode]({"policy"})
+# A site whose absence others paid for stays away longer than one that nobody paid for.
+_COSTLY_REST, _FREE_REST = 4, 1
+# A restart makes a site stumble at most twice: over an attempt that others paid for, and over its lost share key.
+_PAID_STUMBLE, _FREE_STUMBLE, _TOO_MANY_STUMBLES = 2, 1, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """One stage's attempts so far.
+
+    Attributes:
+        what: its name in messages.
+        ask: its place in the job; each attempt has its own number.
+        tensors: the arrays that sites are shown.
+        absent: who is left out from here on, and why.
+        stumbles: by site, how often it could not go on; twice where others had paid.
+        costly: who was missing from an attempt that others had paid for in vain.
+        given_up: why such attempts came to nothing.
+        said: by site, what was last heard of it if it was nothing good.
+    """
+
+    what: str
+    ask: Ask
+    tensors: bytes
+    absent: set[SiteId] = field(default_factory=set)
+    stumbles: Counter[SiteId] = field(default_factory=Counter)
+    costly: set[SiteId] = field(default_factory=set)
+    given_up: list[str] = field(default_factory=list)
+    said: dict[SiteId, str] = field(default_factory=dict)
+
+    def note(self, answers: "_Answers", *, in_vain: bool) -> None:
+        """Whoever is lost is left out of further attempts; whoever stumbles may try again, but not for ever.
+
+        ``in_vain`` says that others paid for an attempt of which nothing came.
+        """
+        self.said.update(answers.behind | answers.lost)
+        self.absent.update(answers.lost)
+        for site in answers.behind:
+            self.stumbles[site] += _PAID_STUMBLE if in_vain else _FREE_STUMBLE
+            if self.stumbles[site] >= _TOO_MANY_STUMBLES:
+                self.absent.add(site)
+        if in_vain:
+            self.costly.update(answers.lost, answers.behind)
+
+    @property
+    def missing(self) -> dict[SiteId, str]:
+        """Who is left out, and why."""
+        return {site: self.said[site] for site in sorted(self.absent)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Answers:
-    """Who answered a question as it should, who said that only a further attempt can succeed, who never answered."""
+    """Who answered a question as it should; who said that only a further attempt can succeed; who did neither."""
 
     good: set[SiteId] = field(default_factory=set)
-    behind: set[SiteId] = field(default_factory=set)
-    silent: set[SiteId] = field(default_factory=set)
+    behind: dict[SiteId, str] = field(default_factory=dict)
+    lost: dict[SiteId, str] = field(default_factory=dict)
+
+    def __contains__(self, site: SiteId) -> bool:
+        return site in self.good or site in self.behind or site in self.lost
 
 
 class SumConversation:
@@ -82,32 +138,24 @@ class SumConversation:
         """The total for one stage, of as many sites as last to its end.
 
         Raises:
-            RoundFailed: fewer than ``aggregation.minimum_sites`` are left, or no attempt came to its end.
+            RoundFailed: fewer than ``aggregation.minimum_sites`` are left, or no attempt came to its end; names why.
         """
         self._stage += 1
-        what, failed = f"{purpose} round {round_index}", 0
         ask = Ask(job=self._exchange.job.digest, purpose=purpose, round_index=round_index, attempt=0)
-        absent: set[SiteId] = set()
+        stage = _Stage(what=f"{purpose} round {round_index}", ask=ask, tensors=tensors)
         begun = self._store.begun_sum(self._exchange.job, purpose=purpose, round_index=round_index)
-        # One attempt for each that may turn out to be missing, and a few that a crash or a cheat may spoil.
-        for _ in range(len(self._exchange.job.participants) + 1 + RESENDS):
-            if begun is None:
-                company = self._company(absent)
-                self._exchange.require_enough(len(company), what=what)
-                begun = self._begun(ask, company, digest(tensors), absent)
-            if begun is not None:
-                gathered = self._finished(begun, tensors, absent)
-                if gathered is not None:
-                    self._rest(absent, gathered.sites)
-                    return gathered
-                failed += 1
-                ask = _after(ask, begun.terms.task.attempt)
-            else:
-                ask = _after(ask, ask.attempt)
-            if failed > RESENDS:
-                break
-            begun = None
-        raise RoundFailed(f"{what}: no attempt at the secure sum came to its end; the log says why each was given up")
+        # Numbers that a crash left behind are not used again: sites would say each time that they are.
+        attempt = begun.terms.task.attempt + 1 if begun is not None else 0
+        gathered = self._finished(begun, stage) if begun is not None and begun.commitments else None
+        # Ends, for each further attempt was paid for, or has left out or counted against some site.
+        while gathered is None:
+            if len(stage.given_up) > RESENDS:
+                raise RoundFailed(f"{stage.what}: no attempt came to its end: {'; '.join(stage.given_up)}")
+            begun = self._begun(stage, attempt)
+            gathered = self._finished(begun, stage) if begun is not None else None
+            attempt += 1
+        self._rest(stage, gathered.sites)
+        return gathered
 
     def _company(self, absent: Collection[SiteId]) -> tuple[SiteId, ...]:
         """Whom to propose a sum to: those who were there lately, or everybody if they are too few."""
@@ -115,23 +163,30 @@ class SumConversation:
         awake = tuple(site for site in here if self._resting.get(site, (0, 0))[0] < self._stage)
         return awake if len(awake) >= self._exchange.job.spec.aggregation.minimum_sites else here
 
-    def _rest(self, absent: Collection[SiteId], present: Collection[SiteId]) -> None:
-        """Leave those who vanished alone for a while, the longer the more often."""
+    def _rest(self, stage: _Stage, present: Collection[SiteId]) -> None:
+        """Leave those who vanished alone for a while, the longer the more often, and the more it cost others."""
         for site in present:
             self._resting.pop(site, None)
-        for site in absent:
-            stages = min(_LONGEST_REST, 2 * self._resting.get(site, (0, 0))[1] or 1)
+        for site, why in stage.missing.items():
+            first, factor = (_COSTLY_REST, _COSTLY_REST) if site in stage.costly else (_FREE_REST, 2)
+            stages = min(_LONGEST_REST, max(first, factor * self._resting.get(site, (0, 0))[1]))
             self._resting[site] = self._stage + stages, stages
-            logger.warning("site %s: vanished; the next %d stages go on without it", site, stages)
+            logger.warning("site %s %s; the next %d stages go on without it", site, why, stages)
 
-    def _begun(
-        self, ask: Ask, company: Collection[SiteId], weights_digest: str, absent: set[SiteId]
-    ) -> BegunSum | None:
-        """An attempt to which all of ``company`` committed, kept on disk; nothing if somebody did not."""
-        task = sum_task(self._exchange.job, ask, weights_digest=weights_digest, participants=len(company))
+    def _begun(self, stage: _Stage, attempt: int) -> BegunSum | None:
+        """An attempt to which everybody in it committed, kept on disk; nothing if somebody did not.
+
+        Raises:
+            RoundFailed: too few are left to ask.
+        """
+        company = self._company(stage.absent)
+        self._exchange.require_enough(len(company), what=stage.what, missing=stage.missing)
+        ask = replace(stage.ask, attempt=attempt)
+        task = sum_task(self._exchange.job, ask, weights_digest=digest(stage.tensors), participants=len(company))
         keys = {site: self._share_keys[site] for site in company if task.tolerated_dropouts}
         roster = self._exchange.witness.roster
         proposal = propose(task, company, roster=roster, share_keys=keys)
+        self._store.keep_sum(BegunSum(terms=proposal.terms, commitments={}))
         total = SumCoordinator(proposal.terms, roster=roster)
 
         def accept(site: SiteId, reply: Opened[Reply]) -> bool:
@@ -142,10 +197,10 @@ class SumConversation:
 
         bodies: dict[SiteId, Asked] = {site: CommitRequest(proposal=proposal) for site in company}
         answers = self._asked(bodies, accept, terms=proposal.terms)
+        stage.note(answers, in_vain=False)
         if answers.behind and task.tolerated_dropouts:
             # A restart loses the key under which others encrypt shares to a site.
             self._admit(answers.behind)
-        absent |= answers.silent
         if answers.good != set(company):
             return None
         begun = BegunSum(terms=proposal.terms, commitments=total.signed["commitments"])
@@ -153,22 +208,31 @@ class SumConversation:
         self._store.keep_sum(begun)
         return begun
 
-    def _finished(self, begun: BegunSum, tensors: bytes, absent: set[SiteId]) -> Gathered | None:
+    def _finished(self, begun: BegunSum, stage: _Stage) -> Gathered | None:
         """The total of the attempt ``begun``; nothing if it has to be given up."""
-        if begun.terms.task.weights_digest != digest(tensors):
+        if begun.terms.task.weights_digest != digest(stage.tensors):
             return None
         total = SumCoordinator(begun.terms, roster=self._exchange.witness.roster)
         received: dict[SiteId, Received] = {}
+        phases: list[_Answers] = []
         try:
             for site, raw in begun.commitments.items():
                 total.accept_commitment(site, raw.encode())
-            self._vectors(begun.terms, total, tensors, received, absent)
+            phases.append(self._vectors(begun.terms, total, stage.tensors, received))
             if begun.terms.task.tolerated_dropouts:
-                self._recover(begun.terms, total)
+                survivors = total.survivors()
+                phases.append(self._voted(begun.terms, total, survivors))
+                phases.append(self._revealed(begun.terms, total, total.votes()))
             result = total.total()
-        except RoundFailed as error:
-            logger.warning("attempt %d is given up: %s", begun.terms.task.attempt, error)
+        # Whatever is wrong with this attempt, also one that lay on disk while the roster changed, the next is apart.
+        except FedgradeError as error:
+            for answers in phases:
+                stage.note(answers, in_vain=True)
+            stage.given_up.append(_reason(begun, error, phases))
+            logger.warning("%s: given up: %s", stage.what, stage.given_up[-1])
             return None
+        for answers in phases:
+            stage.note(answers, in_vain=False)
         return Gathered(
             result=result,
             attempt=begun.terms.task.attempt,
@@ -177,13 +241,8 @@ class SumConversation:
         )
 
     def _vectors(
-        self,
-        terms: SumTerms,
-        total: SumCoordinator,
-        tensors: bytes,
-        received: dict[SiteId, Received],
-        absent: set[SiteId],
-    ) -> None:
+        self, terms: SumTerms, total: SumCoordinator, tensors: bytes, received: dict[SiteId, Received]
+    ) -> _Answers:
         """Second phase: everybody's masked vector."""
         task, job = terms.task, self._exchange.job
         body = ContributeRequest(
@@ -202,28 +261,31 @@ class SumConversation:
             received[site] = one
             return True
 
-        answers = self._asked(dict.fromkeys(terms.participants, body), accept, terms=terms, tensors=tensors)
-        absent |= answers.silent
+        spare = task.tolerated_dropouts
+        return self._asked(dict.fromkeys(terms.participants, body), accept, terms=terms, spare=spare, tensors=tensors)
 
-    def _recover(self, terms: SumTerms, total: SumCoordinator) -> None:
-        """Two more phases where dropouts are tolerated: all survivors sign who they are, then reveal."""
+    def _voted(self, terms: SumTerms, total: SumCoordinator, survivors: SumSurvivors) -> _Answers:
+        """Third phase, where dropouts are tolerated: all survivors sign who they are."""
 
-        def vote(site: SiteId, reply: Opened[Reply]) -> bool:
+        def accept(site: SiteId, reply: Opened[Reply]) -> bool:
             if not isinstance(reply.document.body, Voted):
                 return False
             total.accept_vote(site, reply.document.body.vote.encode())
             return True
 
-        def reveal(site: SiteId, reply: Opened[Reply]) -> bool:
+        return self._asked(dict.fromkeys(survivors.survivors, VoteRequest(survivors=survivors)), accept, terms=terms)
+
+    def _revealed(self, terms: SumTerms, total: SumCoordinator, votes: SumVotes) -> _Answers:
+        """Fourth phase: the shares that let the total of the survivors be read."""
+
+        def accept(site: SiteId, reply: Opened[Reply]) -> bool:
             if not isinstance(reply.document.body, Revealed):
                 return False
             total.accept_shares(site, reply.document.body.shares.encode())
             return True
 
-        survivors = total.survivors()
-        self._asked(dict.fromkeys(survivors.survivors, VoteRequest(survivors=survivors)), vote, terms=terms)
-        votes = total.votes()
-        self._asked(dict.fromkeys(survivors.survivors, RevealRequest(votes=votes)), reveal, terms=terms)
+        spare = len(votes.envelopes) - terms.threshold
+        return self._asked(dict.fromkeys(votes.envelopes, RevealRequest(votes=votes)), accept, terms=terms, spare=spare)
 
     def _asked(
         self,
@@ -231,33 +293,51 @@ class SumConversation:
         accept: Callable[[SiteId, Opened[Reply]], bool],
         *,
         terms: SumTerms,
+        spare: int = 0,
         tensors: bytes = b"",
     ) -> _Answers:
-        """Ask, and ask the silent again, as long as the attempt can succeed and within its part of the deadline."""
-        tolerated = terms.task.tolerated_dropouts
-        phases = 4 if tolerated else 2
+        """Ask, and ask the silent again, within this phase's part of the deadline.
+
+        Without more than ``spare`` of those asked, the attempt is over, and nobody else is waited for.
+        """
+        phases = 4 if terms.task.tolerated_dropouts else 2
         patience = self._exchange.deadline_seconds / (phases * (1 + RESENDS))
         answers = _Answers()
         for _ in range(1 + RESENDS):
             waiting = {
-                site: body
-                for site, body in bodies.items()
-                if site in self._exchange.active and site not in answers.good and site not in answers.behind
+                site: body for site, body in bodies.items() if site in self._exchange.active and site not in answers
             }
-            if not waiting or len(answers.behind) > tolerated:
+            if not waiting:
+                break
+            if len(answers.behind) + len(answers.lost) > spare:
                 return answers
-            for site, reply in self._exchange.ask(waiting, tensors=tensors, deadline_seconds=patience).items():
-                if isinstance(reply.document.body, Refusal):
-                    answers.behind.add(site)
-                    continue
-                try:
-                    if accept(site, reply):
-                        answers.good.add(site)
-                except FedgradeError as error:
-                    logger.warning("site %s: its part in the secure sum is discarded: %s", site, error)
-        answers.silent.update(set(bodies) - answers.good - answers.behind)
+            replies = self._exchange.ask(waiting, tensors=tensors, deadline_seconds=patience, passing=_PASSING)
+            for site, reply in replies.items():
+                _sort(site, reply, accept, answers)
+        answers.lost.update({site: "did not answer" for site in bodies if site not in answers})
         return answers
 
 
-def _after(ask: Ask, attempt: int) -> Ask:
-    return Ask(job=ask.job, purpose=ask.purpose, round_index=ask.round_index, attempt=attempt + 1)
+def _sort(
+    site: SiteId, reply: Opened[Reply], accept: Callable[[SiteId, Opened[Reply]], bool], answers: _Answers
+) -> None:
+    """Put ``reply`` where it belongs among ``answers``. Asked again, a site says the same: nobody gets a second try."""
+    body = reply.document.body
+    if isinstance(body, Refusal):
+        kept = answers.behind if body.code in PASSING else answers.lost
+        kept[site] = f"refused ({body.code}): {body.reason}"
+        return
+    try:
+        if accept(site, reply):
+            answers.good.add(site)
+        else:
+            answers.lost[site] = f"sent a {body.kind} that does not count"
+    except FedgradeError as error:
+        answers.lost[site] = f"sent a {body.kind} that does not count: {error}"
+        logger.warning("site %s %s", site, answers.lost[site])
+
+
+def _reason(begun: BegunSum, error: FedgradeError, phases: list[_Answers]) -> str:
+    """Why the attempt ``begun`` came to nothing, in one line."""
+    said = [f"{site} {why}" for answers in phases for site, why in sorted((answers.behind | answers.lost).items())]
+    return "; ".join([f"attempt {begun.terms.task.attempt}: {error}", *said])

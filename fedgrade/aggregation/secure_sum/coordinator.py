@@ -78,6 +78,7 @@ class SumCoordinator:
         self._terms = terms
         self._roster = roster
         self._commitments: dict[SiteId, bytes] = {}
+        self._keys: dict[str, SiteId] = {}
         self._agreed: Agreed | None = None
         self._vectors: dict[SiteId, bytes] = {}
         self._sum: IntArray = np.zeros(terms.task.size, dtype=np.int64)
@@ -91,10 +92,13 @@ class SumCoordinator:
 
         Raises:
             SignatureRefused: not signed by that site.
-            MessageRefused: to other terms, or of a site that takes no part.
+            MessageRefused: to other terms, of a site that takes no part, or with a key that another site came with.
         """
         self._require_participant(site)
-        open_commitment(raw, terms=self._terms, site=site, roster=self._roster)
+        key = open_commitment(raw, terms=self._terms, site=site, roster=self._roster).public_key
+        # Found out here and not when all are relayed: whoever comes second has copied.
+        if self._keys.setdefault(key, site) != site:
+            raise MessageRefused(f"commitment of {site}: has the key of {self._keys[key]}; each must make its own")
         self._commitments.setdefault(site, raw)
 
     def commitments(self) -> SumCommitments:

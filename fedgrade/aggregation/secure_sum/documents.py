@@ -23,6 +23,9 @@ MAX_RECOVERY_SITES = 64
 SHARE_BYTES = 33
 # Nonce, key share, seed share, authentication tag.
 SEALED_SHARES_BYTES = 12 + 2 * SHARE_BYTES + 16
+# What a site signs once, and what it adds for each participant: no honest document comes near.
+MAX_VOUCHER_BYTES = 1024
+_BYTES_A_SITE = 512
 _TOTAL_LIMIT = 2**63
 _HEXADECIMAL = re.compile(r"[0-9a-f]{64}")
 _PURPOSES: tuple[Purpose, ...] = ("centre", "train", "evaluate")
@@ -101,6 +104,11 @@ class SumTerms:
         return digest(encode(self))
 
     @property
+    def document_limit(self) -> int:
+        """No site's signed document is longer than these bytes, so that everybody's fit into one message."""
+        return MAX_VOUCHER_BYTES + (_BYTES_A_SITE * len(self.participants) if self.task.tolerated_dropouts else 0)
+
+    @property
     def threshold(self) -> int:
         """How many sites must last to the end: all, less those that may vanish."""
         return len(self.participants) - self.task.tolerated_dropouts
@@ -147,6 +155,8 @@ class SumCommitment:
 
     def __post_init__(self) -> None:
         _require_hexadecimal(self.public_key, name=f"attempt key of {self.site[:80]!r}")
+        if self.seed_digest:
+            _require_hexadecimal(self.seed_digest, name=f"seed digest of {self.site[:80]!r}")
         if any(len(share) != SEALED_SHARES_BYTES for share in self.shares.values()):
             raise MessageRefused(f"commitment of {self.site[:80]!r}: each share takes {SEALED_SHARES_BYTES} bytes")
 

@@ -25,6 +25,8 @@ SEED_BYTES = 32
 # Words worked on at once: stream, mask and accumulator stay within a core's second-level cache.
 _BLOCK = 2**14
 _ZEROS = bytes(8 * _BLOCK)
+# Nobody's secret: it only tries keys out.
+_ANYBODY = X25519PrivateKey.from_private_bytes(bytes(32))
 _SPARE = 16  # cryptography wants room for a whole cipher block behind its output
 
 
@@ -67,6 +69,18 @@ def agree(own: X25519PrivateKey, other: bytes, *, salt: bytes, info: bytes) -> b
     except ValueError as error:
         raise MessageRefused(f"X25519 key {other.hex()[:16]}…: no secret can be shared with it") from error
     return bytearray(HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=info).derive(secret))
+
+
+def require_usable(public_key: bytes, *, of: str) -> None:
+    """Return if some secret can be shared with ``public_key``; a point of low order fails with every partner alike.
+
+    Raises:
+        MessageRefused: none can; names what it is the key ``of``.
+    """
+    try:
+        _ANYBODY.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError as error:
+        raise MessageRefused(f"{of}: X25519 key {public_key.hex()[:16]}…: no secret can be shared with it") from error
 
 
 def pair_mask(own_key: X25519PrivateKey, *, own: Party, other: Party, transcript: str) -> Mask:

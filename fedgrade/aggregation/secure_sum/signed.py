@@ -1,12 +1,14 @@
 """What other sites signed, each checked against one's own roster, and against the attempt it is for.
 
-Sites and coordinator read one another through this file. Nobody takes anyone's word for who signed.
+Sites and coordinator read one another through this file. Nobody takes anyone's word for who signed. What one site
+would refuse, the coordinator refuses too, sizes included: else one partner could have all others refuse its relay.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedgrade.aggregation.secure_sum.documents import (
+    MAX_VOUCHER_BYTES,
     MaskedVector,
     RevealedShares,
     ShareKey,
@@ -15,6 +17,7 @@ from fedgrade.aggregation.secure_sum.documents import (
     SurvivorVote,
     transcript_of,
 )
+from fedgrade.aggregation.secure_sum.masks import require_usable
 from fedgrade.errors import MessageRefused
 from fedgrade.trust.envelope import open_sealed
 from fedgrade.trust.identity import Roster, SiteId
@@ -34,12 +37,13 @@ def open_share_key(raw: bytes, *, job: str, site: SiteId, roster: Roster) -> Sha
 
     Raises:
         SignatureRefused: not signed by that site, or the roster does not know it.
-        MessageRefused: for another job, or in the name of another site.
+        MessageRefused: for another job, in the name of another site, or no secret can be shared with it.
     """
-    announced = open_sealed(raw, as_=ShareKey, signed_by=roster.key_of(site))
+    announced = open_sealed(raw, as_=ShareKey, signed_by=roster.key_of(site), limit=MAX_VOUCHER_BYTES)
     _require_author(announced.site, site, what="share key")
     if announced.job != job:
         raise MessageRefused(f"share key of {site}: for job {announced.job[:16]!r}, not {job[:16]!r}")
+    require_usable(bytes.fromhex(announced.public_key), of=f"share key of {site}")
     return announced
 
 
@@ -48,9 +52,10 @@ def open_commitment(raw: bytes, *, terms: SumTerms, site: SiteId, roster: Roster
 
     Raises:
         SignatureRefused: not signed by that site, or the roster does not know it.
-        MessageRefused: to other terms, in the name of another site, or with other shares than the terms ask for.
+        MessageRefused: to other terms, in the name of another site, with other shares than the terms ask for, or with a
+            key that no secret can be shared with.
     """
-    commitment = open_sealed(raw, as_=SumCommitment, signed_by=roster.key_of(site))
+    commitment = open_sealed(raw, as_=SumCommitment, signed_by=roster.key_of(site), limit=terms.document_limit)
     _require_author(commitment.site, site, what="commitment")
     if commitment.terms_digest != terms.digest:
         raise MessageRefused(f"commitment of {site}: to other terms; it is stale, or that site was shown another set")
@@ -59,6 +64,7 @@ def open_commitment(raw: bytes, *, terms: SumTerms, site: SiteId, roster: Roster
         raise MessageRefused(
             f"commitment of {site}: has shares for {len(commitment.shares)} sites of {len(recipients)}"
         )
+    require_usable(bytes.fromhex(commitment.public_key), of=f"commitment of {site}")
     return commitment
 
 
@@ -88,7 +94,7 @@ def open_masked_vector(raw: bytes, *, agreed: Agreed, site: SiteId, roster: Rost
         SignatureRefused: not signed by that site.
         MessageRefused: of another attempt, or in the name of another site.
     """
-    masked = open_sealed(raw, as_=MaskedVector, signed_by=roster.key_of(site))
+    masked = open_sealed(raw, as_=MaskedVector, signed_by=roster.key_of(site), limit=MAX_VOUCHER_BYTES)
     _require_author(masked.site, site, what="masked vector")
     _require_transcript(masked.transcript, agreed, what=f"masked vector of {site}")
     return masked
@@ -103,7 +109,7 @@ def open_vote(
         SignatureRefused: not signed by that site.
         MessageRefused: for another set or attempt, or in the name of another site.
     """
-    vote = open_sealed(raw, as_=SurvivorVote, signed_by=roster.key_of(site))
+    vote = open_sealed(raw, as_=SurvivorVote, signed_by=roster.key_of(site), limit=agreed.terms.document_limit)
     _require_author(vote.site, site, what="vote")
     _require_transcript(vote.transcript, agreed, what=f"vote of {site}")
     if vote.survivors != survivors:
@@ -120,7 +126,8 @@ def open_revealed(
         SignatureRefused: not signed by that site.
         MessageRefused: for another attempt or set, or in the name of another site.
     """
-    revealed = open_sealed(raw, as_=RevealedShares, signed_by=roster.key_of(site))
+    limit = agreed.terms.document_limit
+    revealed = open_sealed(raw, as_=RevealedShares, signed_by=roster.key_of(site), limit=limit)
     _require_author(revealed.site, site, what="shares")
     _require_transcript(revealed.transcript, agreed, what=f"shares of {site}")
     vanished = set(agreed.terms.participants) - set(survivors)

@@ -58,7 +58,7 @@ class SumFloor:
     """What a site insists on before it adds its vector to others'.
 
     Attributes:
-        minimum_participants: the partner's own policy.
+        minimum_participants: of how many sites a total must be, by the partner's own policy.
         noise_shares: how many sites' noise the job's plan counts on.
     """
 
@@ -129,11 +129,19 @@ class SumSite:
 
     @property
     def task(self) -> SumTask | None:
-        """What the attempt that awaits everybody's commitments is about; nothing once it has gone on or is over."""
-        return self._attempt.terms.task if isinstance(self._attempt, Committed) else None
+        """What the attempt is about in which no vector is masked yet; nothing once one is, or the attempt is over."""
+        match self._attempt:
+            case Committed():
+                return self._attempt.terms.task
+            case Confirmed():
+                return self._attempt.agreed.terms.task
+            case _:
+                return None
 
     def confirm(self, commitments: SumCommitments) -> Agreed:
         """Rule 2: true afterwards that every participant signed the same terms. Only then is it time to charge.
+
+        The same again is agreed to again: a charge that could not be written may be tried once more.
 
         Returns:
             What everybody agreed on.
@@ -143,6 +151,8 @@ class SumSite:
             MessageRefused: a commitment is missing or to other terms.
             AttemptOver: out of order, or shares that were sent to this site do not open.
         """
+        if isinstance(self._attempt, Confirmed) and commitments == self._attempt.commitments:
+            return self._attempt.agreed
         state = self._expect(Committed)
         if commitments.terms_digest != state.terms.digest:
             raise MessageRefused("commitments: to other terms than this site signed")
@@ -151,8 +161,9 @@ class SumSite:
         if envelopes[self._site] != state.envelope:
             raise MessageRefused(f"commitments: the one of {self._site} is not what this site signed")
         held = self._opened_shares(state, agreed)
+        # Every key was tried in open_commitments: nothing can fail between here and the next state.
         masks = self._masks(state, agreed)
-        self._attempt = Confirmed(agreed=agreed, masks=masks, held=held)
+        self._attempt = Confirmed(agreed=agreed, commitments=commitments, masks=masks, held=held)
         return agreed
 
     def mask(self, vector: IntArray) -> MaskedUpload:
@@ -241,9 +252,10 @@ class SumSite:
             raise MessageRefused(f"secure sum: {self._site} is not among the participants")
         for site in terms.participants:
             self._roster.key_of(site)
-        if len(terms.participants) < floor.minimum_participants:
+        # Those who may vanish do not count: a coordinator can say so of anyone whose vector it keeps back.
+        if terms.threshold < floor.minimum_participants:
             raise PolicyViolated(
-                f"secure sum: {len(terms.participants)} participants; this site's policy asks for "
+                f"secure sum: {terms.threshold} participants are sure to be in the total; this site's policy asks for "
                 f"{floor.minimum_participants}"
             )
         if terms.threshold < floor.noise_shares:
@@ -315,6 +327,8 @@ class SumSite:
                 try:
                     opened = open_shares(cipher, agreed.commitments[dealer].shares[self._site], dealer=dealer)
                 except MessageRefused as error:
+                    for other in held.keys() - state.own.keys():
+                        held[other].wipe()
                     # Nobody but the two can tell who spoilt them: not this site's fault, nor the coordinator's.
                     raise AttemptOver(f"{error}; begin a further attempt") from error
                 held[dealer] = Held(key=opened[0], seed=opened[1])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedgrade.aggregation.secure_sum.documents import SumTerms
+from fedgrade.aggregation.secure_sum.documents import SumCommitments, SumTerms
 from fedgrade.aggregation.secure_sum.masks import Mask, wipe
 from fedgrade.aggregation.secure_sum.signed import Agreed
 from fedgrade.trust.identity import SiteId
@@ -50,9 +50,10 @@ class Committed:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Confirmed:
-    """Everybody signed the same terms; ``masks`` are ready."""
+    """Everybody signed the same terms, as ``commitments`` say; ``masks`` are ready."""
 
     agreed: Agreed
+    commitments: SumCommitments
     masks: tuple[Mask, ...]
     held: Mapping[SiteId, Held]
 

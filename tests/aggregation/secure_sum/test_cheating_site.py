@@ -7,6 +7,7 @@ import pytest
 
 from fedgrade.aggregation.secure_sum.coordinator import SumCoordinator, propose
 from fedgrade.aggregation.secure_sum.documents import (
+    MAX_VOUCHER_BYTES,
     MaskedVector,
     RevealedShares,
     ShareKey,
@@ -17,9 +18,11 @@ from fedgrade.aggregation.secure_sum.documents import (
     SurvivorVote,
 )
 from fedgrade.aggregation.secure_sum.masks import vector_digest
-from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused, RoundFailed
+from fedgrade.aggregation.secure_sum.site import SumSite
+from fedgrade.errors import AttemptOver, DocumentRefused, FedgradeError, MessageRefused, RoundFailed
 from fedgrade.trust.envelope import open_sealed, seal
-from tests.aggregation.secure_sum.partnership import KEYS, ROSTER, TASK, Partnership, names, numbers, plain_sum
+from fedgrade.trust.identity import site_id
+from tests.aggregation.secure_sum.partnership import FLOOR, KEYS, ROSTER, TASK, Partnership, names, numbers, plain_sum
 
 ALICE, BOB, CAROL, DAVE = names(4)
 
@@ -259,3 +262,105 @@ def test_a_total_beyond_the_range_on_either_side_is_refused(sign):
     )
     with pytest.raises(RoundFailed, match="did not mask as agreed"):
         coordinator.total()
+
+
+# --- what one site would have all others refuse, the coordinator does not relay --------------------------------------
+
+LOW_ORDER = bytes(32).hex()
+
+
+def recommitted(coordinator, site, change):
+    """The honest commitment of ``site``, changed and signed anew."""
+    raw = coordinator.signed["commitments"][site].encode()
+    return change(opened(raw, SumCommitment, site))
+
+
+@pytest.mark.parametrize("dropouts", [0, 1])
+def test_a_key_that_shares_no_secret_is_refused_by_the_coordinator_as_by_every_site(dropouts):
+    partnership = Partnership.of(4, dropouts=dropouts)
+    honest, commitments = partnership.committed()
+    weak = seal(recommitted(honest, BOB, lambda one: replace(one, public_key=LOW_ORDER)), KEYS[BOB])
+    coordinator = SumCoordinator(partnership.proposal().terms, roster=ROSTER)
+    with pytest.raises(MessageRefused, match="commitment of site-01: X25519 key 0000000000000000…: no secret"):
+        coordinator.accept_commitment(BOB, weak)
+    relayed = replace(commitments, envelopes={**commitments.envelopes, BOB: weak.decode()})
+    with pytest.raises(MessageRefused, match="commitment of site-01: X25519 key"):
+        partnership.sites[ALICE].confirm(relayed)
+
+
+def test_a_share_key_that_shares_no_secret_is_in_no_proposal():
+    partnership = Partnership.of(4, dropouts=1)
+    announced = {site: machine.announce(partnership.task.job) for site, machine in partnership.sites.items()}
+    weak = seal(ShareKey(job=partnership.task.job, site=BOB, public_key=LOW_ORDER), KEYS[BOB])
+    with pytest.raises(MessageRefused, match="share key of site-01: X25519 key"):
+        propose(partnership.task, names(4), roster=ROSTER, share_keys={**announced, BOB: weak})
+
+
+def test_whoever_comes_second_with_a_key_has_copied_it():
+    partnership = Partnership.of(4)
+    honest, _ = partnership.committed()
+    coordinator = SumCoordinator(partnership.proposal().terms, roster=ROSTER)
+    alice = honest.signed["commitments"][ALICE].encode()
+    coordinator.accept_commitment(ALICE, alice)
+    key = opened(alice, SumCommitment, ALICE).public_key
+    copied = seal(recommitted(honest, BOB, lambda one: replace(one, public_key=key)), KEYS[BOB])
+    with pytest.raises(MessageRefused, match="commitment of site-01: has the key of site-00"):
+        coordinator.accept_commitment(BOB, copied)
+    coordinator.accept_commitment(ALICE, alice)
+    coordinator.accept_commitment(BOB, honest.signed["commitments"][BOB].encode())
+
+
+@pytest.mark.parametrize("dropouts", [0, 1])
+def test_a_document_longer_than_any_honest_one_is_refused_however_it_is_spelt(dropouts):
+    partnership = Partnership.of(4, dropouts=dropouts)
+    honest, _ = partnership.committed()
+    coordinator = SumCoordinator(partnership.proposal().terms, roster=ROSTER)
+    raw = honest.signed["commitments"][BOB]
+    assert len(raw) <= partnership.proposal().terms.document_limit
+    with pytest.raises(DocumentRefused, match="bytes; the limit is"):
+        coordinator.accept_commitment(BOB, raw.replace(",", "," + 2**13 * " ", 1).encode())
+    if dropouts:
+        with pytest.raises(MessageRefused, match="seed digest of 'site-01'"):
+            recommitted(honest, BOB, lambda one: replace(one, seed_digest="00"))
+
+
+def test_no_honest_document_comes_near_the_limit_however_long_its_sites_names_are():
+    # Names as long as they may be; votes and reveals are shorter than commitments, which carry the shares.
+    longest = {site_id("s" * 61 + f"{number:02d}"): key for number, key in enumerate(KEYS.values())}
+    roster = replace(ROSTER, sites={site: key.public for site, key in longest.items()})
+    sites = {site: SumSite(site=site, key=key, roster=roster) for site, key in longest.items()}
+    task = replace(TASK, tolerated_dropouts=3)
+    proposal = propose(
+        task, longest, roster=roster, share_keys={site: machine.announce(task.job) for site, machine in sites.items()}
+    )
+    coordinator = SumCoordinator(proposal.terms, roster=roster)
+    for site, machine in sites.items():
+        coordinator.accept_commitment(site, machine.commit(proposal, task=task, floor=FLOOR))
+    commitments = coordinator.commitments()
+    for site, machine in sites.items():
+        machine.confirm(commitments)
+        upload = machine.mask(numbers(names(1)[0]))
+        coordinator.accept_vector(site, upload.document, upload.vector)
+    survivors = coordinator.survivors()
+    for site, machine in sites.items():
+        coordinator.accept_vote(site, machine.vote(survivors))
+    votes = coordinator.votes()
+    for site, machine in sites.items():
+        coordinator.accept_shares(site, machine.reveal(votes))
+    lengths = {kind: max(map(len, raw.values())) for kind, raw in coordinator.signed.items()}
+    assert 1.2 * max(lengths.values()) < proposal.terms.document_limit
+    assert 1.5 * lengths["vectors"] < MAX_VOUCHER_BYTES
+
+
+def test_the_same_commitments_are_agreed_to_again_until_something_is_masked():
+    partnership = Partnership.of(4, dropouts=1)
+    coordinator, commitments = partnership.committed()
+    alice = partnership.sites[ALICE]
+    agreed = alice.confirm(commitments)
+    assert alice.confirm(commitments) is agreed
+    with pytest.raises(AttemptOver, match="out of order"):
+        alice.confirm(replace(commitments, terms_digest="00" * 32))
+    alice.mask(numbers(ALICE))
+    with pytest.raises(AttemptOver, match="out of order"):
+        alice.confirm(commitments)
+    assert coordinator.included == ()

@@ -225,11 +225,18 @@ def test_a_commitment_that_is_left_out_is_missed(left_out):
 def test_a_set_below_policy_or_with_too_few_shares_of_noise_is_refused():
     partnership = Partnership.of(4)
     machine, proposal = partnership.sites[ALICE], partnership.proposal()
-    with pytest.raises(PolicyViolated, match="4 participants; this site's policy asks for 5"):
+    with pytest.raises(
+        PolicyViolated, match="4 participants are sure to be in the total; this site's policy asks for 5"
+    ):
         machine.commit(proposal, task=TASK, floor=SumFloor(minimum_participants=5, noise_shares=2))
     with pytest.raises(PolicyViolated, match="4 sites are sure to add noise; the plan counts on 5"):
         machine.commit(proposal, task=TASK, floor=SumFloor(minimum_participants=2, noise_shares=5))
     recovering = Partnership.of(4, dropouts=1)
+    # Whose vector is kept back is called vanished: it does not make the total one of four.
+    with pytest.raises(PolicyViolated, match="3 participants are sure to be in the total; this site's policy asks"):
+        recovering.sites[ALICE].commit(
+            recovering.proposal(), task=recovering.task, floor=SumFloor(minimum_participants=4, noise_shares=2)
+        )
     with pytest.raises(PolicyViolated, match="3 sites are sure to add noise; the plan counts on 4"):
         recovering.sites[ALICE].commit(
             recovering.proposal(), task=recovering.task, floor=SumFloor(minimum_participants=2, noise_shares=4)
