@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import assert_never
 
 from fedgrade.federation.payloads import release_size
+from fedgrade.federation.sum_task import sums
 from fedgrade.federation.verification import FederationProof, JobProof
 from fedgrade.report.words import noise_text, rho_text
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian, Purpose
@@ -18,6 +19,8 @@ _WHAT: dict[Purpose, str] = {
     "evaluate": "Confusion counts on held-out items",
 }
 _LOCAL_STEPS = "Update after local DP-SGD steps"
+_MASKED = "under masks: the coordinator reads the total alone"
+_AS_IT_IS = "as it is: the coordinator reads each"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class ReleaseRow:
     noise_multiplier: str
     clip_norm: str
     cost: str
+    travels: str
 
 
 def release_rows(job: JobProof, proof: FederationProof) -> tuple[ReleaseRow, ...]:
@@ -60,6 +64,7 @@ def _release_row(purpose: Purpose, job: JobProof, proof: FederationProof) -> Rel
                 noise_multiplier=noise_text(Fraction(mechanism.scale, mechanism.sensitivity)),
                 clip_norm=f"{plan.max_grad_norm:g}" if purpose == "train" else "1",
                 cost=rho_text(mechanism.rho),
+                travels=_MASKED if sums(job.job) else _AS_IT_IS,
             )
         case PoissonGaussian():
             rate = float(mechanism.sampling_rate)
@@ -75,6 +80,7 @@ def _release_row(purpose: Purpose, job: JobProof, proof: FederationProof) -> Rel
                 noise_multiplier=noise_text(mechanism.noise_multiplier),
                 clip_norm=f"{plan.max_grad_norm:g}",
                 cost="composed numerically",
+                travels=_AS_IT_IS,
             )
         case _:
             assert_never(mechanism)

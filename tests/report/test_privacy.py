@@ -215,6 +215,7 @@ def test_a_secure_sum_hides_uploads_from_the_coordinator_alone(tmp_path, monkeyp
     federation.run_in_process(job, policy=replace(POLICY, modes=("distributed",), epsilon_per_job=60.0))
     page = Page(report(federation.root))
     assert "Single uploads reach it under masks alone" in page.text
+    assert "under masks: the coordinator reads the total alone" in page.text
     assert f"{job.plan.rounds + 2} secure sums: every partner that is counted" in page.text
     assert page.figures["observer", "coordinator"] == page.figures["observer", "model_holder"]
     assert float(page.figures["observer", "full_collusion"]) > float(page.figures["observer", "coordinator"])
