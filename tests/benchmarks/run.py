@@ -194,9 +194,11 @@ def main() -> None:
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"no section {min(unknown)!r}; there are {', '.join(SECTIONS)}")
     spec = compose_job(["experiment=demo"])
+    # Where each site's noise is its own, an epsilon is one plan, however many take part.
+    local = compose_job(["experiment=demo", "privacy=local", "aggregation=mean"])
     measure: dict[str, Callable[[], str]] = {
-        "quality": lambda: quality(spec, cache=given.cache / "bench", docs=given.write.parent, seeds=given.seeds),
-        "utility": lambda: utility(spec, load_photos(public_features(spec, cache=given.cache / "bench"))),
+        "quality": lambda: quality(local, cache=given.cache / "bench", docs=given.write.parent, seeds=given.seeds),
+        "utility": lambda: utility(local, load_photos(public_features(local, cache=given.cache / "bench"))),
         "gradients": lambda: gradients(spec),
         "noise": lambda: noise(spec),
         "accountants": accountants,
