@@ -5,12 +5,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from clients.kept_inputs import KeptInputs
 from clients.settings import SiteFolder, read_own_file
 from fedgrade.data.assets import FeatureStore
 from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Photo, Split
@@ -80,10 +81,11 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalPhotos:
-    """Photos in a folder, their features in a private cache beside it."""
+    """Photos in a folder, their features in a private cache beside it, what networks see of them in memory."""
 
     site: SiteFolder
     limits: PhotoLimits = field(default_factory=PhotoLimits)
+    kept: KeptInputs = field(default_factory=KeptInputs)
 
     def prepare(self, model: ModelSpec, photos: Sequence[Photo]) -> None:
         """Check every photo, and cache the features of those that are new, in every view that training looks at."""
@@ -91,6 +93,7 @@ class LocalPhotos:
         training = [photo for photo in photos if photo.split is Split.TRAIN]
         upright, *turned = model.views
         self._store(model, upright).forget_others(photos)
+        self.kept.forget_others(photo.digest for photo in photos)
         self.features(model, photos, upright)
         for view in turned if model.on_features else ():
             self.features(model, training, view)
@@ -117,9 +120,13 @@ class LocalPhotos:
         )
 
     def inputs(self, model: ModelSpec, photos: Sequence[Photo]) -> npt.NDArray[np.float32]:
-        """Network inputs [photos, 3, input, input] of upright photos, read from the disk each time."""
-        root = self.site.path(self.site.settings.photos)
-        return np.stack([prepare(open_photo(root, photo, self.limits), model.input_size) for photo in photos])
+        """Network inputs [photos, 3, input, input] of upright photos, read from the disk unless they are still kept."""
+        root, size = self.site.path(self.site.settings.photos), model.input_size
+
+        def prepared(photo: Photo) -> npt.NDArray[np.float32]:
+            return prepare(open_photo(root, photo, self.limits), size)
+
+        return np.stack([self.kept.input(photo.digest, size, partial(prepared, photo)) for photo in photos])
 
 
 @cache

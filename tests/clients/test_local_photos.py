@@ -9,6 +9,7 @@ import yaml
 
 from clients import configure
 from clients.configure import LocalPhotos
+from clients.kept_inputs import KeptInputs
 from clients.settings import read_site
 from fedgrade.data.manifest import Split
 from fedgrade.data.photos import PhotoLimits, open_photo
@@ -79,14 +80,39 @@ def test_features_of_a_view_are_those_of_the_turned_photo(local, photos, extract
         np.testing.assert_array_equal(local.features(ADAPTER, photos, view), expected)
 
 
-def test_inputs_are_read_from_the_disk_in_the_order_that_was_asked_for(local, photos, tmp_path):
+def test_inputs_are_those_of_the_photos_in_the_order_that_was_asked_for(local, photos, tmp_path):
     chosen = [photos[3], photos[0]]
     pixels = [open_photo(tmp_path / "photos", photo, PhotoLimits()) for photo in chosen]
     expected = np.stack([prepare(image, ADAPTER.input_size) for image in pixels])
     np.testing.assert_array_equal(local.inputs(ADAPTER, chosen), expected)
-    (tmp_path / "photos" / photos[3].path).write_bytes(b"another photo")
-    with pytest.raises(DataRefused, match=photos[3].path):
-        local.inputs(ADAPTER, chosen)
+    np.testing.assert_array_equal(local.inputs(ADAPTER, chosen[::-1]), expected[::-1])
+
+
+def test_a_photo_that_was_opened_is_kept_and_one_that_changed_before_is_refused(local, photos, tmp_path):
+    expected = local.inputs(ADAPTER, photos[:1])
+    for photo in photos[:2]:
+        (tmp_path / "photos" / photo.path).write_bytes(b"another photo")
+    np.testing.assert_array_equal(local.inputs(ADAPTER, photos[:1]), expected)
+    with pytest.raises(DataRefused, match=photos[1].path):
+        local.inputs(ADAPTER, photos[:2])
+    with pytest.raises(DataRefused, match=photos[0].path):
+        local.inputs(replace(ADAPTER, input_size=96), photos[:1])
+
+
+def test_no_more_is_kept_than_the_limit_and_nothing_of_a_photo_that_left_the_manifest():
+    kept, opened = KeptInputs(limit=2 * 4 * 3), []
+
+    def read(digest):
+        return kept.input(digest, 1, lambda: opened.append(digest) or np.zeros((3, 1, 1), dtype=np.float32))
+
+    for digest in "abcabc":
+        read(digest)
+    assert opened == ["a", "b", "c", "c"]
+    kept.forget_others(["b"])
+    for digest in "abc":
+        read(digest)
+    assert opened[4:] == ["a", "c"]
+    assert repr(kept) == "KeptInputs(<sensitive>)"
 
 
 def test_networks_run_on_what_the_partner_gives(local):
