@@ -22,7 +22,6 @@ from fedgrade.trust.records import DiscreteGaussian
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 # Few enough for their inputs to stay in a core's cache. Times what an item can add to a number of the sum without its
 # sign, 2^24 * 2^22, they stay below the 2^53 up to which double precision counts.
@@ -44,7 +43,7 @@ def clipped_gradient_sum(
     """Exact sum over items of the clipped per-item gradients at ``thresholds``, on the mechanism's grid.
 
     Inputs are rounded to a millionth (2^-20) of their photo's length once a batch, clipped residuals to as much of the
-    clip: an item's row is a product of integers, and no floating-point sum runs over more than one item.
+    clip. From there on every sum is one of integers.
 
     Args:
         thresholds: [grades - 1, features], the head's weights.
