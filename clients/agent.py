@@ -18,10 +18,11 @@ from typing import Any, Final, Self
 
 import grpc
 
-from clients.agent_pb2 import AnswerReply, AnswerRequest, Nothing, SiteStatus
+from clients.agent_pb2 import AnswerReply, AnswerRequest, Budget, Nothing, SiteStatus
 from clients.agent_pb2_grpc import AgentServicer, AgentStub, add_AgentServicer_to_server
 from clients.gate import Gate, Mode, SiteClosed
 from fedgrade.errors import DocumentRefused, FedgradeError
+from fedgrade.federation.activity import AccountStanding, Activity
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,25 @@ class AgentStatus:
         answering: whether a request is being answered now.
         answered: requests since the process began.
         link: the node's connection in words; empty without one.
+        activity: the job asked about last, where in it, and the last refusal.
+        budgets: each account's cohort, side, epsilon spent and ceiling.
     """
 
     mode: Mode
     answering: bool
     answered: int
     link: str
+    activity: Activity
+    budgets: tuple[tuple[str, str, float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Who tells a site's operator how it stands: the node's connection, what it is at, what is spent."""
+
+    link: Callable[[], str] = str
+    activity: Callable[[], Activity] = Activity
+    standings: Callable[[], tuple[AccountStanding, ...]] = tuple
 
 
 class AgentServer:
@@ -62,14 +76,14 @@ class AgentServer:
     Args:
         gate: stands before the site's ``answer``.
         path: of the socket; its folder is created with mode 0700, or must have it.
-        link: says how the node's connection stands.
+        words: for the operator's status.
     """
 
-    def __init__(self, gate: Gate, path: Path, *, link: Callable[[], str] = str) -> None:
+    def __init__(self, gate: Gate, path: Path, *, words: Words = Words()) -> None:
         self._path = path
         # One answer at a time passes the gate; the other threads are for status and pause meanwhile.
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=_OPTIONS)
-        add_AgentServicer_to_server(_Servicer(gate, link), self._server)
+        add_AgentServicer_to_server(_Servicer(gate, words), self._server)
 
     def __enter__(self) -> Self:
         """Listen.
@@ -154,7 +168,12 @@ class AgentClient:
     def _status(self, method: Any) -> AgentStatus:
         status = self._call(method, Nothing(), _STATUS_SECONDS)
         return AgentStatus(
-            mode=Mode(status.mode), answering=status.answering, answered=status.answered, link=status.link
+            mode=Mode(status.mode),
+            answering=status.answering,
+            answered=status.answered,
+            link=status.link,
+            activity=Activity(job=status.job, stage=status.stage, refusal=status.refusal),
+            budgets=tuple((one.cohort, one.side, one.epsilon, one.ceiling) for one in status.budgets),
         )
 
     def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:
@@ -167,9 +186,9 @@ class AgentClient:
 class _Servicer(AgentServicer):  # type: ignore[misc]  # generated code has no types
     """The five calls of agent.proto, answered by one gate."""
 
-    def __init__(self, gate: Gate, link: Callable[[], str]) -> None:
+    def __init__(self, gate: Gate, words: Words) -> None:
         self._gate = gate
-        self._link = link
+        self._words = words
 
     def Answer(self, request: AnswerRequest, context: grpc.ServicerContext) -> AnswerReply:  # noqa: N802 -- gRPC's name
         try:
@@ -184,8 +203,25 @@ class _Servicer(AgentServicer):  # type: ignore[misc]  # generated code has no t
 
     def Status(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
         del request, context
+        activity = self._words.activity()
+        budgets = [
+            Budget(
+                cohort=one.account.cohort,
+                side="training" if one.account.partition == "train" else "held-out",
+                epsilon=one.epsilon,
+                ceiling=one.ceiling,
+            )
+            for one in self._words.standings()
+        ]
         return SiteStatus(
-            mode=self._gate.mode, answering=self._gate.answering, answered=self._gate.answered, link=self._link()
+            mode=self._gate.mode,
+            answering=self._gate.answering,
+            answered=self._gate.answered,
+            link=self._words.link(),
+            job=activity.job,
+            stage=activity.stage,
+            refusal=activity.refusal,
+            budgets=budgets,
         )
 
     def Pause(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802

@@ -117,8 +117,14 @@ def _described(folder: SiteFolder, chosen: "AskedJob") -> list[str]:
         ),
         (
             f"  an item's epsilon at delta {float(job.plan.delta):g}: "
-            f"{printed(seen.model_holder)} whoever gets the model, {printed(seen.other_partner)} another partner, {printed(seen.coordinator)} the coordinator, "
-            f"{printed(seen.full_collusion)} everyone else together"
+            + ", ".join(
+                (
+                    f"{printed(seen.model_holder)} whoever gets the model",
+                    f"{printed(seen.other_partner)} another partner",
+                    f"{printed(seen.coordinator)} the coordinator",
+                    f"{printed(seen.full_collusion)} everyone else together",
+                )
+            )
         ),
     ]
     for side, accounts in (("training", mine.training), ("held-out", mine.held_out)):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from clients.agent import AgentClient, AgentServer, AgentStatus
+from clients.agent import AgentClient, AgentServer, AgentStatus, Words
 from clients.approval_commands import approve, decline, jobs
 from clients.gate import Gate
 from clients.join_commands import init, join, request
@@ -55,16 +55,24 @@ def up(site_file: Path) -> None:
         signal.signal(number, lambda *_: stop.set())
     link = _LinkWord()
     gate = Gate(partner.answer)
-    with charging, AgentServer(gate, settings.socket, link=link.read):
+    words = Words(link=link.read, activity=lambda: partner.activity, standings=lambda: partner.standings)
+    with charging, AgentServer(gate, settings.socket, words=words):
         threading.Thread(target=_stop_when_drained, args=(gate, stop), daemon=True).start()
         serve(where, gate.answer, stop=stop, on_state=link.write)
 
 
-@site.command(epilog="Example: fedgrade site status site.yaml")
+@site.command(epilog="Example: fedgrade site status --watch site.yaml")
 @click.argument("site_file", type=SITE_FILE)
-def status(site_file: Path) -> None:
-    """Say whether the node runs, is connected, and answers."""
-    _ask(site_file, AgentClient.status)
+@click.option("--watch", is_flag=True, help="Stay, and show it anew every second, until Ctrl-C.")
+def status(site_file: Path, *, watch: bool) -> None:
+    """Show the node's connection, what it is at, its last refusal, and a bar for each account's budget."""
+    from clients.status_page import show, watched  # noqa: PLC0415 - tables take a moment to load
+
+    with AgentClient(read_site(site_file).socket) as client:
+        if watch:
+            watched(client.status)
+        else:
+            show(client.status())
 
 
 @site.command(epilog="Example: fedgrade site pause site.yaml")

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedgrade.errors import AlreadyCharged, BudgetExceeded, LedgerBroken, MessageRefused, PlanRefused, PolicyViolated
+from fedgrade.errors import AlreadyCharged, BudgetExceeded, LedgerBroken, MessageRefused, PolicyViolated
 from fedgrade.job import TrainingJob
-from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_within
+from fedgrade.privacy.budget import Ceiling, Spending, charge_all, require_affordable
 from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.ledger import Appended, Entry, LedgerWriter
 from fedgrade.trust.records import (
@@ -76,22 +76,6 @@ def require_company(job: TrainingJob, *, items: int, policy_minimum: int) -> Non
         )
 
 
-def require_affordable(spending: Spending, *, ceiling: Ceiling, account: AccountKey) -> None:
-    """Return if ``account`` can bear ``spending``.
-
-    Raises:
-        BudgetExceeded: it would pass ``ceiling``, or has no share of delta left for one more Poisson job.
-    """
-    try:
-        require_within(spending, ceiling=ceiling, account=account)
-    except PlanRefused as error:
-        # An account that cannot state its epsilon is as exhausted as one that would pass its ceiling.
-        raise BudgetExceeded(
-            f"account {account.partner}/{account.lineage}/{account.cohort}/{account.partition}: cannot bear it, "
-            f"because {error}; wait for a new ingestion cohort"
-        ) from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ask:
     """One request for a release: its place in a job. Ordered as a job goes."""
@@ -146,6 +130,11 @@ class Charging:
     def opened(self) -> frozenset[str]:
         """Names ``lineage/cohort`` of what is under account."""
         return frozenset(f"{lineage}/{cohort}" for lineage, cohort in self._datasets)
+
+    @property
+    def datasets(self) -> tuple[DatasetOpened, ...]:
+        """What is under account, on the terms that stand."""
+        return tuple(self._datasets.values())
 
     def open_dataset(self, dataset: DatasetOpened) -> None:
         """Put ``dataset`` under account, or confirm that it is, on the terms it was opened with.

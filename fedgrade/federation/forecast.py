@@ -1,7 +1,7 @@
 """What a job would cost, leave and be refused for, told before anything runs. Reads no photo and writes no ledger.
 
 The rules asked are the ones that decide when the job comes: a site's policy through :func:`policy.admit`, its accounts
-through :func:`charging.require_affordable`, its terms through :func:`charging.require_same_terms`.
+through :func:`budget.require_affordable`, its terms through :func:`charging.require_same_terms`.
 """
 
 import math
@@ -15,14 +15,14 @@ import numpy as np
 
 from fedgrade.errors import FedgradeError
 from fedgrade.evaluation import ConfusionCounts, GradingMetrics, metrics
-from fedgrade.federation.charging import require_affordable, require_company, require_same_terms
+from fedgrade.federation.charging import require_company, require_same_terms
 from fedgrade.federation.policy import Policy, admit
 from fedgrade.federation.site_proof import SiteProof
 from fedgrade.federation.verification import FederationProof
 from fedgrade.grading import GradeScale
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.attack import AttackBound, bound_from_epsilon, bound_from_zcdp_epsilon
-from fedgrade.privacy.budget import Ceiling, Spending
+from fedgrade.privacy.budget import Ceiling, Spending, require_affordable
 from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons, PrivacyPlan, observer_epsilons
 from fedgrade.trust.identity import SiteId

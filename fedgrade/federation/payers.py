@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedgrade.errors import BudgetExceeded, LedgerBroken
-from fedgrade.federation.charging import require_affordable
 from fedgrade.job import TrainingJob
-from fedgrade.privacy.budget import Ceiling, Spending
+from fedgrade.privacy.budget import Ceiling, Spending, require_affordable
 from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import AccountKey, DatasetOpened, Mechanism, Partition, Reserve
 

@@ -7,7 +7,7 @@ against them. It knows no network; a door hands it bytes and carries bytes away.
 import hashlib
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import assert_never
@@ -26,6 +26,7 @@ from fedgrade.errors import (
     PolicyViolated,
     SiteWaits,
 )
+from fedgrade.federation.activity import AccountStanding, Activity, standings_of
 from fedgrade.federation.charging import Ask, Charging, Reserved
 from fedgrade.federation.holdings import SiteData, read_holdings
 from fedgrade.federation.house_rules import HouseRules
@@ -103,6 +104,17 @@ class Site:
         self._sums = SumDesk(site=identity.site, key=identity.key, roster=identity.roster)
         self._jobs: dict[str, OpenJob] = {}
         self._one_at_a_time = threading.Lock()
+        self._activity = Activity()
+
+    @property
+    def activity(self) -> Activity:
+        """What this site is at; may be asked at any time, by any thread."""
+        return self._activity
+
+    @property
+    def standings(self) -> tuple[AccountStanding, ...]:
+        """What is spent of each account; may be asked at any time, by any thread."""
+        return standings_of(self._charging)
 
     def answer(self, raw: bytes) -> bytes:
         """The signed reply to the message ``raw``: what was asked for, or a refusal that says why. Never raises.
@@ -144,11 +156,14 @@ class Site:
         require_coordinator(policy, self._identity.roster.coordinator)
         if policy != self._policy:
             self._jobs = {}
+            # A set that this site signed may be too small by now.
+            self._sums.forget()
             self._policy = policy
         return policy
 
     def _admit(self, request: Request, body: AdmitRequest, request_digest: str, policy: Policy) -> bytes:
         opened = self._read_job(body.job_envelope, policy)
+        self._note(job=opened.job.spec.name, stage="shown")
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
         seen = self._require_watched(body)
@@ -190,8 +205,10 @@ class Site:
     ) -> tuple[OpenJob, Ask]:
         """The job, and the place in it that is asked for, which its plan has and which nothing was charged for yet."""
         opened = self._opened(job, policy)
+        rounds = opened.job.plan.rounds if purpose == "train" else 1
+        self._note(job=opened.job.spec.name, stage=f"{purpose}, round {round_index + 1} of {rounds}")
         require_release(policy, purpose)
-        if not 0 <= round_index < (opened.job.plan.rounds if purpose == "train" else 1) or attempt < 0:
+        if not 0 <= round_index < rounds or attempt < 0:
             raise MessageRefused(f"{purpose} round {round_index}: the plan has no such round")
         ask = Ask(job=opened.job.digest, purpose=purpose, round_index=round_index, attempt=attempt)
         self._charging.require_fresh(ask, maximum_attempts=policy.maximum_attempts)
@@ -278,6 +295,9 @@ class Site:
             opened.rows[split, cohorts] = load_rows(self._data.photos, opened.job.spec.model, items, split)
         return opened.rows[split, cohorts]
 
+    def _note(self, **changes: str) -> None:
+        self._activity = replace(self._activity, **changes)
+
     def _reply(self, body: Said, request_digest: str, *, tensors: bytes = b"") -> bytes:
         reply = Reply(
             site=self._identity.site, request_digest=request_digest, body=body, tensors_digest=digest(tensors)
@@ -288,6 +308,7 @@ class Site:
         """A refusal. Errors about this site's own data keep their details at home."""
         codes: list[RefusalCode] = [code for kind, code in _CODES if isinstance(error, kind)]
         code = codes[0] if codes else "malformed"
+        self._note(refusal=f"{code}: {error if isinstance(error, FedgradeError) else type(error).__name__}")
         if isinstance(error, FedgradeError):
             logger.warning("refused (%s): %s", code, error)
         else:

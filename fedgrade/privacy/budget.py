@@ -126,6 +126,22 @@ def require_within(spending: Spending, *, ceiling: Ceiling, account: AccountKey)
         )
 
 
+def require_affordable(spending: Spending, *, ceiling: Ceiling, account: AccountKey) -> None:
+    """Return if ``account`` can bear ``spending``.
+
+    Raises:
+        BudgetExceeded: it would pass ``ceiling``, or has no share of delta left for one more Poisson job.
+    """
+    try:
+        require_within(spending, ceiling=ceiling, account=account)
+    except PlanRefused as error:
+        # An account that cannot state its epsilon is as exhausted as one that would pass its ceiling.
+        raise BudgetExceeded(
+            f"account {account.partner}/{account.lineage}/{account.cohort}/{account.partition}: cannot bear it, "
+            f"because {error}; wait for a new ingestion cohort"
+        ) from error
+
+
 def _paid(jobs: tuple[PoissonJob, ...], mechanism: PoissonGaussian, *, job: str) -> tuple[PoissonJob, ...]:
     """``jobs`` after one more release of ``job``: within what was paid for, or paid for now."""
     begun = False

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clients import agent
-from clients.agent import AgentClient, AgentServer, AgentUnavailable
+from clients.agent import AgentClient, AgentServer, AgentUnavailable, Words
 from clients.gate import Gate, Mode
 from fedgrade.errors import DocumentRefused
 
@@ -38,7 +38,7 @@ def test_a_folder_open_to_others_is_refused(path):
 
 
 def test_a_paused_site_is_unavailable_until_it_is_resumed(path):
-    with AgentServer(Gate(bytes), path, link=lambda: "online"), AgentClient(path) as client:
+    with AgentServer(Gate(bytes), path, words=Words(link=lambda: "online")), AgentClient(path) as client:
         assert client.pause().mode is Mode.PAUSED
         with pytest.raises(AgentUnavailable, match="UNAVAILABLE: the site is paused"):
             client.answer(b"x", timeout_seconds=5)
