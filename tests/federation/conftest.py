@@ -4,7 +4,9 @@ from dataclasses import replace
 import pytest
 
 from fedgrade.federation.messages import Admitted
+from tests.federation.lying_coordinator import RECOVERING, Coordinator
 from tests.federation.small_federation import SmallFederation, calibrate_once, quick_noise, told, with_privacy, zeros
+from tests.federation.sum_partners import FIVE, Noted, Partners
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +60,27 @@ def copy(whole, tmp_path):
     """A copy that a test may spoil."""
     shutil.copytree(whole.root, tmp_path / "copy")
     return replace(whole, root=tmp_path / "copy")
+
+
+@pytest.fixture
+def partners(tmp_path):
+    with Partners.of(SmallFederation.create(tmp_path / "five", names=FIVE)) as partners:
+        yield partners
+
+
+@pytest.fixture
+def coordinator(partners, monkeypatch):
+    """Of an all-or-nothing job; whatever is asked, no site's plain vector is in any byte that left."""
+    coordinator = Coordinator(partners)
+    noted = Noted(monkeypatch, coordinator)
+    yield coordinator
+    assert not any(plain.tobytes() in raw for plain in noted.plain.values() for raw in coordinator.heard)
+
+
+@pytest.fixture
+def recovering(partners, monkeypatch):
+    """The same of a job whose sums tolerate one dropout."""
+    coordinator = Coordinator(partners, RECOVERING)
+    noted = Noted(monkeypatch, coordinator)
+    yield coordinator
+    assert not any(plain.tobytes() in raw for plain in noted.plain.values() for raw in coordinator.heard)
