@@ -5,6 +5,7 @@ does not depend on the number of items, and has figures of its own. One thread e
 """
 
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -33,6 +34,7 @@ from fedgrade.model.spec import RESNET10T_GN_START_DIGEST, ModelSpec
 from fedgrade.privacy.plan import TRAIN_GRID_BITS
 from fedgrade.training import _PHOTO_ITEMS, SgdRecipe, _GhostSteps, _PhotoSteps
 from fedgrade.trust.records import DiscreteGaussian, PoissonGaussian
+from server.configure import compose_job
 
 ITEMS, REPETITIONS = 1024, 15
 PHOTOS, PHOTO_REPETITIONS = 16, 5
@@ -277,3 +279,7 @@ def _table(title: str, problem: Problem, ways: dict[str, Callable[[], object]]) 
             f"{ratio(seconds, HOOKS, name):.1f} |"
         )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(gradients(compose_job(["experiment=demo"])))

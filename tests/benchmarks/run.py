@@ -8,6 +8,7 @@ training under privacy). Each run replaces its own section alone.
 
 import argparse
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from accountants import accountants
 from features import public_features
-from gradients import gradients
 from ledgers import ledger
 from matplotlib.axes import Axes
 from quality import EPSILONS, SETTINGS, Outcome, load_photos, outcome
@@ -183,6 +183,16 @@ def _label_ends(axis: Axes, *, x: float) -> None:
         next_free += gap
 
 
+def gradients_in_one_thread() -> str:
+    """The section of ``gradients.py``, in a process of its own: numpy reads how many threads it has when it starts."""
+    program = Path(__file__).with_name("gradients.py")
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
+    return done.stdout.rstrip("\n")
+
+
 def main() -> None:
     """Measure the sections that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,7 +209,7 @@ def main() -> None:
     measure: dict[str, Callable[[], str]] = {
         "quality": lambda: quality(local, cache=given.cache / "bench", docs=given.write.parent, seeds=given.seeds),
         "utility": lambda: utility(local, load_photos(public_features(local, cache=given.cache / "bench"))),
-        "gradients": lambda: gradients(spec),
+        "gradients": gradients_in_one_thread,
         "noise": lambda: noise(spec),
         "accountants": accountants,
         "ledger": ledger,
