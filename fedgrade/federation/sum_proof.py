@@ -63,17 +63,24 @@ def require_one_attempt(
 
 
 def evaluation_counts(
-    folder: Path, job: TrainingJob, commits: Mapping[SiteId, Commit], *, roster: Roster
+    folder: Path,
+    job: TrainingJob,
+    commits: Mapping[SiteId, Commit],
+    *,
+    roster: Roster,
+    sites: Mapping[SiteId, SiteProof],
 ) -> ConfusionCounts:
     """The confusion counts that the evaluation's own releases add up to, each the one that its site's receipt names.
 
     Raises:
-        LedgerBroken: a release is missing or another, or the masks of a secure sum do not cancel.
+        LedgerBroken: a release is missing or another, or the masks of a secure sum do not cancel, or its sites charged
+            for another.
     """
     raw = {site: _released(evaluation_file(folder, site), site, commit) for site, commit in commits.items()}
     try:
         if sums(job):
             evidence = _evidence(evidence_file(folder), job, commits)
+            _require_charged_for(evidence, commits, sites, path=evidence_file(folder))
             masked = {site: read_masked(tensors, job, "evaluate") for site, tensors in raw.items()}
             summed = retotal(evidence, masked, roster=roster)
         else:
@@ -99,6 +106,15 @@ def _released(path: Path, site: SiteId, commit: Commit) -> bytes:
     return raw
 
 
+def _require_charged_for(
+    evidence: SumEvidence, commits: Mapping[SiteId, Commit], sites: Mapping[SiteId, SiteProof], *, path: Path
+) -> None:
+    """Return if every site whose ledger is here charged for the very sum that ``evidence`` is of."""
+    for site, commit in commits.items():
+        if site in sites and sites[site].charges[commit.reserve].reserve.transcript != evidence.transcript:
+            raise MessageRefused(f"{path}: is of another attempt than the one that {site} charged for")
+
+
 def _evidence(path: Path, job: TrainingJob, commits: Mapping[SiteId, Commit]) -> SumEvidence:
     """What sites signed in the sum of the evaluation: of this job, and of exactly those whose receipts count.
 
@@ -112,6 +128,8 @@ def _evidence(path: Path, job: TrainingJob, commits: Mapping[SiteId, Commit]) ->
     except OSError as error:
         raise DocumentRefused(f"{path}: cannot be read ({error.strerror})") from error
     evidence = decode(SumEvidence, raw, what=str(path))
+    if set(evidence.commitments) != set(evidence.terms.participants):
+        raise MessageRefused(f"{path}: has commitments of others than took part")
     task = evidence.terms.task
     attempts = {commit.attempt for commit in commits.values()}
     if (task.job, task.purpose) != (job.digest, "evaluate") or {task.attempt} != attempts:

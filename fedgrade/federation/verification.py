@@ -199,7 +199,7 @@ def _prove_job(
         if release.digest not in published[job_digest] or release.release.job.digest != job_digest:
             raise LedgerBroken(f"release {where}: is not the one that the coordinator's ledger says it published")
         _check_release(release, closed, where=f"release {where}")
-        if release.release.counts != evaluation_counts(where, job, commits[-1], roster=roster):
+        if release.release.counts != evaluation_counts(where, job, commits[-1], roster=roster, sites=sites):
             raise LedgerBroken(f"release {where}: the counts it states are not the sum of what the sites released")
     return JobProof(job=job, rounds=tuple(closed), release=release, observers=_observers(job, closed, sites))
 
