@@ -14,6 +14,7 @@ from fedgrade.federation.exchange import RESENDS, Exchange, Received
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.messages import AdmitRequest, Admitted, ContributeRequest, Refusal
 from fedgrade.federation.payloads import read_release
+from fedgrade.federation.resting import Resting
 from fedgrade.federation.store import RunStore
 from fedgrade.federation.sum_conversation import SumConversation
 from fedgrade.federation.sum_task import sums
@@ -38,6 +39,7 @@ class Conversation:
         self._envelope = seal(exchange.job, key).decode()
         self._ledger = ledger
         self._share_keys: dict[SiteId, bytes] = {}
+        self._resting = Resting()
         self._sums = SumConversation(exchange, store=store, share_keys=self._share_keys, admit=self._admitted)
 
     def admit(self, *, stood: Mapping[SiteId, LedgerState]) -> None:
@@ -114,18 +116,25 @@ class Conversation:
         return True
 
     def _each(self, purpose: Purpose, round_index: int, tensors: bytes) -> dict[SiteId, Received]:
-        """What sites release each on its own, an attempt further where a reply was lost."""
+        """What sites release each on its own, an attempt further where a reply was lost; within the stage's deadline.
+
+        Whoever stays silent all the time is not waited for in the next stages.
+        """
+        self._resting.next_stage()
         received: dict[SiteId, Received] = {}
-        attempts = dict.fromkeys(self._exchange.active, 0)
+        minimum = self._exchange.job.spec.aggregation.minimum_sites
+        awake = self._resting.awake(self._exchange.active, at_least=minimum)
+        attempts = dict.fromkeys(awake, 0)
         for _ in range(1 + RESENDS):
             asked = {
                 site: ContributeRequest(purpose=purpose, round_index=round_index, attempt=attempts[site])
-                for site in self._exchange.active
-                if site not in received
+                for site in awake
+                if site in self._exchange.active and site not in received
             }
             if not asked:
                 break
-            for site, reply in self._exchange.ask(asked, tensors=tensors).items():
+            patience = self._exchange.deadline_seconds / (1 + RESENDS)
+            for site, reply in self._exchange.ask(asked, tensors=tensors, deadline_seconds=patience).items():
                 body = reply.document.body
                 if isinstance(body, Refusal) and body.code == "spent":
                     attempts[site] += 1
@@ -133,4 +142,9 @@ class Conversation:
                 read = partial(read_release, job=self._exchange.job, purpose=purpose, site=site)
                 if one := self._exchange.received(site, reply, attempt=attempts[site], read=read):
                     received[site] = one
+                    self._resting.back(site)
+        for site in awake:
+            # Whoever says that it cannot just now costs no time, and is asked again in every stage.
+            if site in self._exchange.active and site not in received and site not in self._exchange.unable:
+                self._resting.vanished(site, "gave no answer in time")
         return received

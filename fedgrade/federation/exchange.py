@@ -69,7 +69,7 @@ class Exchange:
         self._key = key
         self._stood: dict[SiteId, LedgerState] = {}
         self._out: dict[SiteId, str] = {}
-        self._unable: dict[SiteId, str] = {}
+        self.unable: dict[SiteId, str] = {}
 
     def remember(self, stood: Mapping[SiteId, LedgerState]) -> None:
         """Take note where the ledgers of sites stood after what they answered in this job before."""
@@ -99,10 +99,10 @@ class Exchange:
             if isinstance(body, Refusal) and body.code in _NOT_NOW:
                 # Nobody's decision about the job, such as a full disk: nothing was released, and asking later may help.
                 logger.warning("site %s: not now (%s), counted as silent: %s", site, body.code, body.reason)
-                self._unable[site] = f"refused ({body.code}): {body.reason}"
+                self.unable[site] = f"refused ({body.code}): {body.reason}"
                 continue
             replies[site] = reply
-            self._unable.pop(site, None)
+            self.unable.pop(site, None)
             if isinstance(body, Refusal) and body.code not in passing:
                 self.put_out(site, f"refused ({body.code}): {body.reason}")
         return replies
@@ -140,7 +140,7 @@ class Exchange:
 
     def keep(self, admitted: set[SiteId]) -> None:
         """Go on with ``admitted`` alone."""
-        self._out.update(self._unable)
+        self._out.update(self.unable)
         self.active = tuple(site for site in self.active if site in admitted)
 
     def require_enough(self, answered: int, *, what: str, missing: Mapping[SiteId, str] = MappingProxyType({})) -> None:
@@ -152,7 +152,7 @@ class Exchange:
         wanted = self.job.spec.aggregation.minimum_sites
         if answered < wanted:
             reasons: dict[str, list[SiteId]] = {}
-            for site, why in {**missing, **self._unable, **self._out}.items():
+            for site, why in {**missing, **self.unable, **self._out}.items():
                 reasons.setdefault(why, []).append(site)
             named = "; ".join(f"{', '.join(who)} {why}" for why, who in reasons.items())
             raise RoundFailed(

@@ -34,6 +34,7 @@ from fedgrade.federation.messages import (
     VoteRequest,
 )
 from fedgrade.federation.payloads import read_masked
+from fedgrade.federation.resting import Resting
 from fedgrade.federation.store import BegunSum, RunStore
 from fedgrade.federation.sum_task import sum_task
 from fedgrade.trust.canonical import digest
@@ -42,11 +43,8 @@ from fedgrade.trust.records import Purpose
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_REST = 16  # stages
 # A site whose policy asks for more company may be asked again when others are back.
 _PASSING: frozenset[RefusalCode] = PASSING | frozenset[RefusalCode]({"policy"})
-# A site whose absence others paid for stays away longer than one that nobody paid for.
-_COSTLY_REST, _FREE_REST = 4, 1
 # A restart makes a site stumble at most twice: over an attempt that others paid for, and over its lost share key.
 _PAID_STUMBLE, _FREE_STUMBLE, _TOO_MANY_STUMBLES = 2, 1, 4
 
@@ -130,9 +128,7 @@ class SumConversation:
         self._store = store
         self._share_keys = share_keys
         self._admit = admit
-        self._stage = 0
-        # Until which stage a site that vanished is left alone, and for how many stages that was.
-        self._resting: dict[SiteId, tuple[int, int]] = {}
+        self._resting = Resting()
 
     def gather(self, purpose: Purpose, round_index: int, tensors: bytes) -> Gathered:
         """The total for one stage, of as many sites as last to its end.
@@ -140,7 +136,7 @@ class SumConversation:
         Raises:
             RoundFailed: fewer than ``aggregation.minimum_sites`` are left, or no attempt came to its end; names why.
         """
-        self._stage += 1
+        self._resting.next_stage()
         ask = Ask(job=self._exchange.job.digest, purpose=purpose, round_index=round_index, attempt=0)
         stage = _Stage(what=f"{purpose} round {round_index}", ask=ask, tensors=tensors)
         begun = self._store.begun_sum(self._exchange.job, purpose=purpose, round_index=round_index)
@@ -160,18 +156,14 @@ class SumConversation:
     def _company(self, absent: Collection[SiteId]) -> tuple[SiteId, ...]:
         """Whom to propose a sum to: those who were there lately, or everybody if they are too few."""
         here = tuple(site for site in self._exchange.active if site not in absent)
-        awake = tuple(site for site in here if self._resting.get(site, (0, 0))[0] < self._stage)
-        return awake if len(awake) >= self._exchange.job.spec.aggregation.minimum_sites else here
+        return self._resting.awake(here, at_least=self._exchange.job.spec.aggregation.minimum_sites)
 
     def _rest(self, stage: _Stage, present: Collection[SiteId]) -> None:
-        """Leave those who vanished alone for a while, the longer the more often, and the more it cost others."""
+        """Leave those who vanished alone for a while."""
         for site in present:
-            self._resting.pop(site, None)
+            self._resting.back(site)
         for site, why in stage.missing.items():
-            first, factor = (_COSTLY_REST, _COSTLY_REST) if site in stage.costly else (_FREE_REST, 2)
-            stages = min(_LONGEST_REST, max(first, factor * self._resting.get(site, (0, 0))[1]))
-            self._resting[site] = self._stage + stages, stages
-            logger.warning("site %s %s; the next %d stages go on without it", site, why, stages)
+            self._resting.vanished(site, why, costly=site in stage.costly)
 
     def _begun(self, stage: _Stage, attempt: int) -> BegunSum | None:
         """An attempt to which everybody in it committed, kept on disk; nothing if somebody did not.

@@ -71,19 +71,27 @@ def test_too_few_answers_end_the_round_and_say_so(federation, job):
         run(federation, job, two_silent)
 
 
-def test_silence_in_one_round_does_not_shut_a_site_out_of_the_next(federation, job):
-    def silent_in_training(site, request, reply):
-        del request
-        return None if site == LIAR and _purpose(federation, reply) == "train" else reply
+def test_a_site_that_was_silent_is_not_waited_for_in_the_next_stage_and_asked_again_after_it(federation):
+    job = federation.job(with_privacy(rounds=3))
 
-    run(federation, job, silent_in_training)
-    assert federation.release(job).release.contributions == {NAMES[0]: 3, NAMES[1]: 3, LIAR: 2}
+    def silent_in_the_first_round(site, request, reply):
+        del request
+        return None if site == LIAR and _place(federation, reply) == ("train", 0) else reply
+
+    cohort = run(federation, job, silent_in_the_first_round)
+    assert federation.release(job).release.contributions == {NAMES[0]: 5, NAMES[1]: 5, LIAR: 3}
+    # Admission, the centre; the round in which it was silent, asked thrice; one without it; one with it, evaluation.
+    assert [LIAR in asked for asked in cohort.asked] == [True, True, True, True, True, False, True, True]
     verify_federation(federation.root)
 
 
-def _purpose(federation, reply):
+def _place(federation, reply):
     body = federation.opened(reply, name=LIAR).document.body
-    return body.purpose if isinstance(body, Contribution) else ""
+    return (body.purpose, body.round_index) if isinstance(body, Contribution) else ("", 0)
+
+
+def _purpose(federation, reply):
+    return _place(federation, reply)[0]
 
 
 def test_refusals_are_named_when_too_few_remain(federation):
