@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fedgrade.errors import DocumentRefused, LedgerBroken, ModelRefused, RoundFailed
+from fedgrade.errors import DocumentRefused, ModelRefused
 from fedgrade.federation import rounds
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.rounds import RoundLog
