@@ -22,8 +22,8 @@ from server.enrolment import LedgerEntries, read_book
 logger = logging.getLogger(__name__)
 
 STAGE_DEADLINE_SECONDS = 600.0
-# An enrolment or a revocation holds the ledger for a moment.
-_LEDGER_TRIES, _LEDGER_RETRY_SECONDS = 20, 0.25
+# An enrolment or a revocation holds the ledger for a moment, and a run that was stopped until it notices.
+_LEDGER_TRIES, _LEDGER_RETRY_SECONDS = 120, 0.25
 
 
 def coordinate(run_directory: Path, cohort: Cohort) -> None:

@@ -134,15 +134,18 @@ def roster(folder: Path) -> None:
 @click.argument("folder", type=EXISTING)
 def stop(folder: Path) -> None:
     """End the run that is on in FOLDER; its checkpoint stands, and `fedgrade run --resume` goes on from there."""
-    from server.serving import attached  # noqa: PLC0415
+    from server.attached import attached, wait_for_end  # noqa: PLC0415
 
     with attached(folder) as control:
         runs = control.unfinished()
         for run in runs:
             control.stop(run)
-            click.echo(f"run {run} stopped")
     if not runs:
         click.echo("no run is on")
+    elif wait_for_end(CoordinatorFolder(root=folder).ledger):
+        click.echo(f"run {runs[0]} stopped")
+    else:
+        click.echo(f"run {runs[0]} is stopped; its process has not ended yet")
 
 
 def _own(folder: CoordinatorFolder) -> str:
@@ -151,7 +154,7 @@ def _own(folder: CoordinatorFolder) -> str:
 
 def _taken_note_of(folder: Path, site: SiteId, *, enrolled: bool) -> str:
     """Whether the SuperLink that serves ``folder`` lets ``site`` in now, in words; waits until it has caught up."""
-    from server.serving import is_served, wait_for_nodes  # noqa: PLC0415
+    from server.attached import is_served, wait_for_nodes  # noqa: PLC0415
 
     if not is_served(folder):
         return "; no SuperLink serves this folder now, and the next one will know"
@@ -162,8 +165,8 @@ def _taken_note_of(folder: Path, site: SiteId, *, enrolled: bool) -> str:
 
 def _online(folder: Path) -> set[SiteId] | None:
     """Sites whose node is online; None where no SuperLink runs."""
+    from server.attached import NotServing, attached  # noqa: PLC0415
     from server.nodes_file import read_nodes  # noqa: PLC0415
-    from server.serving import NotServing, attached  # noqa: PLC0415
 
     try:
         with attached(folder) as control:

@@ -18,6 +18,7 @@ from fedgrade.federation.rounds import stages_of
 from fedgrade.job import TrainingJob, plan_job
 from fedgrade.trust.identity import SiteId
 from server.app import RUN_DIRECTORY
+from server.attached import attached, is_served
 from server.configure import compose_job
 from server.control import Control, ControlRefused
 from server.coordinator_folder import CoordinatorFolder
@@ -28,7 +29,6 @@ from server.local_federation import LocalFederation
 from server.nodes_file import read_nodes
 from server.progress_board import progress_board
 from server.run_lock import run_lock
-from server.serving import attached, is_served
 from server.summary import announce, quality_table
 
 logger = logging.getLogger(__name__)

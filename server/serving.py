@@ -1,47 +1,26 @@
 """A SuperLink that stays: started once, kept in step with who is enrolled, and found again by the other commands."""
 
-import fcntl
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from fedgrade.errors import DocumentRefused, FedgradeError, JobRefused
-from fedgrade.federation.store import write_durably
-from fedgrade.trust.canonical import decode, encode
-from fedgrade.trust.identity import SiteId
+from fedgrade.errors import FedgradeError
+from server.attached import Listening, announced, only_server
 from server.control import Control
 from server.coordinator_file import NAME, read_settings
 from server.coordinator_folder import CoordinatorFolder
 from server.deployment import Deployment, Listen
 from server.enrolment import bring_up_to_date, node_keys
 from server.local_federation import LocalFederation
-from server.nodes_file import NAME as NODES
-from server.nodes_file import read_nodes, version, write_nodes
-from server.private_files import read_private
+from server.nodes_file import version, write_nodes
 
 logger = logging.getLogger(__name__)
 
 # How soon a running SuperLink takes note of an enrolment or a revocation; a look costs a stat of one file.
 _LOOK_SECONDS: Final = 0.25
-_WAIT_SECONDS: Final = 5.0
-
-
-class NotServing(FedgradeError):
-    """No SuperLink serves the coordinator's folder now."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listening:
-    """Where a SuperLink that serves is reached: ``address`` by partners, ``admin`` by the coordinator's commands."""
-
-    address: str
-    admin: str
 
 
 def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Path], None]) -> None:
@@ -67,56 +46,16 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
             admin_port=settings.admin_port,
         )
         bring_up_to_date(folder, now=datetime.now(UTC))
-    with _only_one(root), Deployment(root, listen=listen) as deployment, _announced(root, deployment):
+    with only_server(root), Deployment(root, listen=listen) as deployment:
         if not folder.book.exists():
             LocalFederation(root=root).connect(deployment.address, deployment.authority)
         nodes = _NodeList(deployment.control, folder)
         nodes.bring_up_to_date()
-        on_up(deployment.address, deployment.authority)
-        while not stop.wait(_LOOK_SECONDS):
-            deployment.must_be_alive()
-            nodes.follow()
-
-
-@contextmanager
-def attached(root: Path) -> Iterator[Control]:
-    """A hand on the SuperLink that serves ``root``.
-
-    Raises:
-        NotServing: none does.
-    """
-    if not is_served(root):
-        raise NotServing(f"{root}: no SuperLink serves it; start one with `fedgrade serve {root}`")
-    listening = _listening(root)
-    if listening is None:
-        raise NotServing(f"{root}: its SuperLink is still starting; try again in a moment")
-    superlink = root / "superlink"
-    with Control(
-        listening.admin, authority=superlink / "ca.pem", token=read_private(superlink / "token").strip()
-    ) as control:
-        yield control
-
-
-def is_served(root: Path) -> bool:
-    """Whether a process serves ``root`` now."""
-    try:
-        with _lock_file(root).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def wait_for_nodes(root: Path, done: Callable[[Mapping[SiteId, int]], bool]) -> bool:
-    """Whether the nodes of the SuperLink that serves ``root`` came to be ``done`` within some seconds."""
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while time.monotonic() < deadline:
-        if (root / NODES).exists() and done(read_nodes(root)):
-            return True
-        time.sleep(0.05)
-    return False
+        with announced(root, Listening(address=deployment.address, admin=deployment.admin)):
+            on_up(deployment.address, deployment.authority)
+            while not stop.wait(_LOOK_SECONDS):
+                deployment.must_be_alive()
+                nodes.follow()
 
 
 class _NodeList:
@@ -156,45 +95,3 @@ class _NodeList:
 
     def _version(self) -> object:
         return version(self._folder.book), version(self._folder.roster)
-
-
-def _lock_file(root: Path) -> Path:
-    return root / "superlink" / "serve.lock"
-
-
-def _listening_file(root: Path) -> Path:
-    return root / "superlink" / "listening.json"
-
-
-@contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    path = _lock_file(root)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    with path.open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JobRefused(f"{root}: another process serves it already") from error
-        # Of a process that was killed.
-        _listening_file(root).unlink(missing_ok=True)
-        yield
-
-
-@contextmanager
-def _announced(root: Path, deployment: Deployment) -> Iterator[None]:
-    path = _listening_file(root)
-    write_durably(path, encode(Listening(address=deployment.address, admin=deployment.admin)))
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _listening(root: Path) -> Listening | None:
-    path = _listening_file(root)
-    try:
-        return decode(Listening, path.read_bytes(), what=f"{path}")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DocumentRefused(f"{path}: cannot be read ({error.strerror})") from error

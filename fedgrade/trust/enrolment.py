@@ -206,7 +206,10 @@ def _write(document: JoinRequest | JoinBundle, key: SigningKey, *, named: Public
 
 def _read(raw: bytes, *, as_: type[T], named: Callable[[T], PublicKey], what: str) -> T:
     paper = decode(_Paper, raw, what=what, limit=MAX_PAPER_BYTES)
-    document = open_sealed(paper.sealed.encode(), as_=as_, signed_by=paper.key, what=what, limit=MAX_PAPER_BYTES)
+    try:
+        document = open_sealed(paper.sealed.encode(), as_=as_, signed_by=paper.key, what=what, limit=MAX_PAPER_BYTES)
+    except SignatureRefused as error:
+        raise SignatureRefused(f"{what}: was altered, or is not by whom it names ({error})") from error
     if named(document) != paper.key:
         raise SignatureRefused(f"{what}: is signed by {paper.key.fingerprint}, and names {named(document).fingerprint}")
     return document
