@@ -18,6 +18,7 @@ from clients.join_commands import init, join, request
 from clients.node import LinkState, log_state, serve
 from clients.settings import read_site
 from fedgrade.errors import DocumentRefused
+from fedgrade.logs import configure_logs
 from fedgrade.trust.identity import SigningKey
 from fedgrade.trust.records import AccountKey, Partition
 
@@ -43,8 +44,7 @@ def up(site_file: Path) -> None:
 
     from clients.configure import open_site  # noqa: PLC0415
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure_logs(logging.INFO)
     settings = read_site(site_file)
     # First of all: a site that has not joined yet should not load a network to say so.
     where = settings.link

@@ -12,6 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgrade.errors import FedgradeError, JobRefused
+from fedgrade.logs import configure_logs
 from server.grid_cohort import GridCohort
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,7 @@ def main(grid: Grid, context: Context) -> None:
         RunFailed: the job could not be finished; the text is the reason.
     """
     # A process of its own, whose standard error Flower forwards to the coordinator's log.
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # httpx writes a line for each poll at INFO.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure_logs(logging.INFO, lines="%(levelname)s %(name)s: %(message)s")
     # Imported here: the loop brings in numerical libraries that a look at this module should not cost.
     from server.coordinate import coordinate  # noqa: PLC0415
     from server.enrolment import enrolled_nodes  # noqa: PLC0415

@@ -245,6 +245,7 @@ class Deployment:
                 *("--authority", str(files.authority), "--certificate", str(files.certificate)),
                 *("--key", str(files.key), "--token-file", str(self._token)),
                 *("--superexec-secret-file", str(self._secret)),
+                *("--progress", str(self.run_directory / "coordinator" / "progress.jsonl")),
             ],
         )
 

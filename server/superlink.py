@@ -13,10 +13,10 @@ import asyncio
 import copy
 import hmac
 import os
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -34,6 +34,7 @@ from flwr.superlink.routers.fleet.middlewares import FleetEventLogMiddleware
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 
 from server.certificates import ServerCertificates
+from server.metrics import Application, Metrics, Receive, Scope, Send
 from server.private_files import read_private
 
 # Nothing leaves the machine unless its operator asks: no telemetry, no update check, no package index.
@@ -58,11 +59,6 @@ _IDLE_LAYERS: Final = (
 _IDLE_FOR_NODES: Final = (*_IDLE_LAYERS, ControlAuthenticationMiddleware)
 _IDLE_FOR_RUNS: Final = (*_IDLE_LAYERS, ControlAuthenticationMiddleware, NodeAuthMiddleware)
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SuperLinkSettings:
@@ -76,6 +72,7 @@ class SuperLinkSettings:
         database: sqlite file; enrolments, runs and messages in flight survive a restart.
         token_file: bearer token of the admin listener.
         superexec_secret_file: shared with ``flower-superexec``.
+        progress: a line a finished stage of the run that is on, for the metrics.
     """
 
     public_host: str
@@ -85,6 +82,7 @@ class SuperLinkSettings:
     database: Path
     token_file: Path
     superexec_secret_file: Path
+    progress: Path
 
 
 def public_door(application: Application) -> Application:
@@ -133,10 +131,16 @@ def run(settings: SuperLinkSettings) -> None:
         chosen = runs if scope["type"] == "http" and scope["path"].startswith("/v1/runtime/") else everything
         await chosen(scope, receive, send)
 
-    admin = _listener(settings, admin_door(by_path, token), host="127.0.0.1", port=settings.admin_port)
+    metrics = Metrics(settings.progress)
+    admin = _listener(
+        settings,
+        metrics.counted(admin_door(metrics.served(by_path), token), listener="admin"),
+        host="127.0.0.1",
+        port=settings.admin_port,
+    )
     public = _listener(
         settings,
-        public_door(_without(application, _IDLE_FOR_NODES)),
+        metrics.counted(public_door(_without(application, _IDLE_FOR_NODES)), listener="public"),
         host=settings.public_host,
         port=settings.public_port,
         # One lifespan owns the state that both listeners share.
@@ -164,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("database", "sqlite file"),
         ("token-file", "bearer token of the admin listener, mode 0600"),
         ("superexec-secret-file", "secret shared with flower-superexec, mode 0600"),
+        ("progress", "file with a line a finished stage of the run that is on, for /metrics"),
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
     given = parser.parse_args(arguments)
@@ -177,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             database=given.database,
             token_file=given.token_file,
             superexec_secret_file=given.superexec_secret_file,
+            progress=given.progress,
         )
     )
 

@@ -21,6 +21,7 @@ from fedgrade.cli.audit import audit
 from fedgrade.cli.budget import budget
 from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
 from fedgrade.federation.verification import FederationProof, verify_federation
+from fedgrade.logs import configure_logs
 from fedgrade.privacy.accounting import printed
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
 from fedgrade.trust.software import running_software
@@ -59,10 +60,7 @@ class _WithDoors(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Say what happens underneath.")
 def cli(*, verbose: bool) -> None:
     """Grade used equipment with one model that competitors train together, without pooling a photo."""
-    shown = logging.StreamHandler()
-    # On the handler too: libraries that set their own logger to DEBUG would pass the root's level by.
-    shown.setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.basicConfig(level=shown.level, format="%(levelname)s %(message)s", handlers=[shown], force=True)
+    configure_logs(logging.INFO if verbose else logging.WARNING, lines="%(levelname)s %(message)s")
 
 
 cli.add_command(audit)

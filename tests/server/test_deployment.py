@@ -297,6 +297,11 @@ def test_the_admin_port_wants_the_token(deployment):
         wrong.online()
 
 
+def test_monitoring_is_on_the_admin_port_alone_and_wants_the_token(deployment):
+    assert fetch(deployment, deployment._admin_port, "/metrics") == 401
+    assert fetch(deployment, deployment.address.rpartition(":")[2], "/metrics") == 404
+
+
 def test_a_run_is_not_handed_to_who_lacks_the_secret(deployment):
     request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
     for secret in (None, b"guess"):
