@@ -23,6 +23,7 @@ from fedgrade.privacy.accounting import printed
 from fedgrade.privacy.plan import DistributedSpec
 from fedgrade.trust.identity import site_id
 from server.configure import compose_job, describe
+from server.coordinator_folder import Patience
 from server.engines import Engine, run_engine
 from server.local_federation import LocalFederation, Terms, create_local_federation, declared_size
 from server.progress_board import progress_board
@@ -75,10 +76,25 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     help="served: the job goes to the SuperLink that `fedgrade serve` runs, and to partners on their own machines.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the job that was interrupted there, or follow it again.")
+@click.option(
+    "--deadline", type=click.FloatRange(min=1.0), default=Patience.deadline_seconds, show_default=True,
+    help="Seconds that a stage waits for sites; whoever is silent then is left alone for some stages.",
+)  # fmt: skip
+@click.option(
+    "--wait", type=click.FloatRange(min=0.0), default=Patience.admission_seconds, show_default=True,
+    help="Seconds to wait for sites whose operators are still to approve the job, or that are outside of their hours.",
+)  # fmt: skip
 @click.option("--groups", is_flag=True, help="List what can be chosen, and stop.")
 @click.argument("overrides", nargs=-1)
 def run(
-    folder: Path, engine: Engine | Literal["served"], overrides: tuple[str, ...], *, resume: bool, groups: bool
+    folder: Path,
+    engine: Engine | Literal["served"],
+    overrides: tuple[str, ...],
+    *,
+    resume: bool,
+    deadline: float,
+    wait: float,
+    groups: bool,
 ) -> None:
     """Run one job over a federation whose ledgers remember every job before it.
 
@@ -89,11 +105,12 @@ def run(
     if groups:
         click.echo(describe())
         return
+    patience = Patience(deadline_seconds=deadline, admission_seconds=wait)
     if engine == SERVED:
         # Imported here: Flower takes a second.
         from server.served_run import run_served  # noqa: PLC0415
 
-        run_served(Console(soft_wrap=True), folder, overrides=overrides, resume=resume)
+        run_served(Console(soft_wrap=True), folder, overrides=overrides, resume=resume, patience=patience)
         return
     console, federation = Console(soft_wrap=True), LocalFederation(root=folder)
     if federation.coordinator.book.exists():
@@ -112,6 +129,7 @@ def run(
             )
     with run_lock(folder):
         job = federation.coordinator.read_job() if resume else _put_job(federation, spec)
+        federation.coordinator.put_patience(patience)
         proof = _run(console, federation, job, engine=engine)
         _summarise(console, proof, job, federation, shown=folder)
 

@@ -21,7 +21,6 @@ from server.enrolment import LedgerEntries, read_book
 
 logger = logging.getLogger(__name__)
 
-STAGE_DEADLINE_SECONDS = 600.0
 # An enrolment or a revocation holds the ledger for a moment, and a run that was stopped until it notices.
 _LEDGER_TRIES, _LEDGER_RETRY_SECONDS = 120, 0.25
 
@@ -43,6 +42,7 @@ def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[P
     Between stages, sites that were enrolled or revoked meanwhile are entered into the ledger, which the run holds.
     """
     job, key, entries = folder.read_job(), SigningKey.load(folder.key), LedgerEntries(folder)
+    patience = folder.read_patience()
     writers: list[LedgerWriter] = []
 
     def open_ledger(observe: Callable[[Entry], None]) -> LedgerWriter:
@@ -62,7 +62,8 @@ def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[P
         witness=Witness(folder.witnessed, roster=_known(folder)),
         clock=lambda: datetime.now(UTC),
         report=report_and_enter,
-        deadline_seconds=STAGE_DEADLINE_SECONDS,
+        deadline_seconds=patience.deadline_seconds,
+        admission_seconds=patience.admission_seconds,
     )
     log = RoundLog.open(open_ledger, now=datetime.now(UTC))
     try:

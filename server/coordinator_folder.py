@@ -5,14 +5,31 @@ was enrolled, what it saw of others' ledgers, the sealed job that is on and the 
 checkpoint, receipts and release.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedgrade.errors import JobRefused
 from fedgrade.federation.store import write_durably
 from fedgrade.job import TrainingJob
+from fedgrade.trust.canonical import decode, encode
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a run waits: for one stage's answers, and for sites that wait for a person before they take part."""
+
+    deadline_seconds: float = 600.0
+    admission_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline_seconds < math.inf or not 0 <= self.admission_seconds < math.inf:
+            raise JobRefused(
+                f"patience: deadline of {self.deadline_seconds} s must be above 0, and {self.admission_seconds} s for "
+                "admission at least 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,11 @@ class CoordinatorFolder:
         """One line a finished stage of the job that is on."""
         return self.root / "coordinator" / "progress.jsonl"
 
+    @property
+    def patience(self) -> Path:
+        """How long the run that is on waits."""
+        return self.root / "coordinator" / "patience.json"
+
     def job_folder(self, job: TrainingJob) -> Path:
         """Checkpoint, receipts and release of ``job``."""
         return self.root / "jobs" / job.digest[:16]
@@ -73,8 +95,9 @@ class CoordinatorFolder:
         """
         return read_roster(self.roster)
 
-    def put_job(self, job: TrainingJob) -> None:
-        """Seal ``job`` and make it the one that is on."""
+    def put_job(self, job: TrainingJob, patience: Patience = Patience()) -> None:
+        """Seal ``job`` and make it the one that is on, with so much ``patience``."""
+        self.put_patience(patience)
         write_durably(self.current_job, seal(job, SigningKey.load(self.key)))
         self.progress.write_bytes(b"")
 
@@ -89,3 +112,17 @@ class CoordinatorFolder:
             raise JobRefused(f"{self.current_job}: no job here; start one with `fedgrade run`")
         coordinator = SigningKey.load(self.key).public
         return open_sealed(self.current_job.read_bytes(), as_=TrainingJob, signed_by=coordinator)
+
+    def put_patience(self, patience: Patience) -> None:
+        """Let the next process that runs the job have this ``patience``."""
+        write_durably(self.patience, encode(patience))
+
+    def read_patience(self) -> Patience:
+        """How long the run that is on waits.
+
+        Raises:
+            DocumentRefused: the file is damaged.
+        """
+        if not self.patience.exists():
+            return Patience()
+        return decode(Patience, self.patience.read_bytes(), what=f"patience {self.patience}")

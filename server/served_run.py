@@ -21,7 +21,7 @@ from server.app import RUN_DIRECTORY
 from server.attached import attached, is_served
 from server.configure import compose_job
 from server.control import Control, ControlRefused
-from server.coordinator_folder import CoordinatorFolder
+from server.coordinator_folder import CoordinatorFolder, Patience
 from server.deployment import DeploymentFailed
 from server.engines import followed
 from server.enrolment import read_book
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS: Final = 0.5
 
 
-def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resume: bool) -> None:
+def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resume: bool, patience: Patience) -> None:
     """Submit a job to the SuperLink that serves ``root``, or take up the one that lies there, and follow it to its end.
 
     Raises:
@@ -49,6 +49,8 @@ def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resu
         going = control.unfinished()
         if resume:
             job = folder.read_job()
+            # A run that is on has its own already.
+            folder.put_patience(patience)
         elif going:
             raise JobRefused(
                 f"{root}: run {going[0]} is on; follow it with `fedgrade run --engine served --federation {root} "
@@ -57,7 +59,7 @@ def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resu
         else:
             job = _new_job(folder, overrides)
             _require_online(console, control, job, root)
-            folder.put_job(job)
+            folder.put_job(job, patience)
         run_id = going[0] if going else control.submit({RUN_DIRECTORY: str(root.resolve())})
         announce(console, job)
         try:

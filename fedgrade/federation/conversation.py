@@ -4,6 +4,7 @@ A site that stayed silent is asked again with the same bytes, which costs it not
 asked for a further attempt, which it charges. How a secure sum is gathered: fedgrade/federation/sum_conversation.py.
 """
 
+import time
 from collections.abc import Collection, Mapping
 from functools import partial
 
@@ -21,6 +22,8 @@ from fedgrade.federation.sum_task import sums
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.records import LedgerState, PoissonGaussian, Purpose
+
+_ASK_AGAIN_SECONDS = 5.0
 
 
 class Conversation:
@@ -42,11 +45,12 @@ class Conversation:
         self._resting = Resting()
         self._sums = SumConversation(exchange, store=store, share_keys=self._share_keys, admit=self._admitted)
 
-    def admit(self, *, stood: Mapping[SiteId, LedgerState]) -> None:
+    def admit(self, *, stood: Mapping[SiteId, LedgerState], patience_seconds: float = 0.0) -> None:
         """Show the sealed job to every participant; who refuses, or whose ledger was rewritten, stays out.
 
         Args:
             stood: where the ledgers of sites stood after what they answered in this job before.
+            patience_seconds: how long sites are waited for that say that they wait themselves, for a person or an hour.
 
         Raises:
             RoundFailed: too few take part; names who stays out and why.
@@ -54,6 +58,10 @@ class Conversation:
         """
         self._exchange.remember(stood)
         admitted = self._admitted(self._exchange.active)
+        end = time.monotonic() + patience_seconds
+        while self._exchange.waiting and (left := end - time.monotonic()) > 0:
+            time.sleep(min(_ASK_AGAIN_SECONDS, left))
+            admitted |= self._admitted(frozenset(self._exchange.waiting))
         self._exchange.keep(admitted)
         self._exchange.require_enough(len(admitted), what="admission")
 

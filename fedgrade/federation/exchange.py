@@ -70,6 +70,7 @@ class Exchange:
         self._stood: dict[SiteId, LedgerState] = {}
         self._out: dict[SiteId, str] = {}
         self.unable: dict[SiteId, str] = {}
+        self.waiting: set[SiteId] = set()
 
     def remember(self, stood: Mapping[SiteId, LedgerState]) -> None:
         """Take note where the ledgers of sites stood after what they answered in this job before."""
@@ -96,7 +97,10 @@ class Exchange:
                 logger.warning("site %s: reply discarded: %s", site, error)
                 continue
             body = reply.document.body
+            self.waiting.discard(site)
             if isinstance(body, Refusal) and body.code in _NOT_NOW:
+                if body.code == "waiting":
+                    self.waiting.add(site)
                 # Nobody's decision about the job, such as a full disk: nothing was released, and asking later may help.
                 logger.warning("site %s: not now (%s), counted as silent: %s", site, body.code, body.reason)
                 self.unable[site] = f"refused ({body.code}): {body.reason}"

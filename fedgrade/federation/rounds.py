@@ -61,7 +61,8 @@ class Progress:
 class Coordinator:
     """The coordinator's identity, what it saw of others' ledgers, its clock and its way to report.
 
-    ``deadline_seconds`` bounds the wait for one stage.
+    ``deadline_seconds`` bounds the wait for one stage, ``admission_seconds`` that for sites which wait for a person, or
+    for their own hours, before they take part.
     """
 
     key: SigningKey
@@ -69,6 +70,7 @@ class Coordinator:
     clock: Callable[[], datetime]
     report: Callable[[Progress], None]
     deadline_seconds: float
+    admission_seconds: float = 0.0
 
 
 def stages_of(job: TrainingJob) -> tuple[Stage, ...]:
@@ -93,7 +95,8 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
         # A crash between checkpoint and ledger; nobody needs to be asked again.
         log.close_round(state.closing, now=coordinator.clock())
     conversation = Conversation(exchange, key=coordinator.key, ledger=log.sealed_head, store=store)
-    conversation.admit(stood=log.stood(job, stages[: state.next_stage]))
+    stood = log.stood(job, stages[: state.next_stage])
+    conversation.admit(stood=stood, patience_seconds=coordinator.admission_seconds)
     for index in range(state.next_stage, len(stages)):
         stage, head = stages[index], _head(job, state, stages[index])
         gathered = conversation.gather(stage.purpose, stage.round_index, write_head(head))

@@ -283,10 +283,22 @@ class SmallFederation:
         items = {**dict.fromkeys(self.site_keys, DECLARED), NAMES[0]: declared}
         return plan_job(spec, declared_items={name: items[name] for name in self.site_keys}, nonce=nonce)
 
-    def run(self, job: TrainingJob, cohort: object, *, report: Callable[[Progress], None] = lambda _: None) -> str:
+    def run(
+        self,
+        job: TrainingJob,
+        cohort: object,
+        *,
+        report: Callable[[Progress], None] = lambda _: None,
+        admission_seconds: float = 0.0,
+    ) -> str:
         """Run ``job`` as its coordinator would, from wherever its checkpoint stands."""
         coordinator = Coordinator(
-            key=self.coordinator_key, witness=self.witness(), clock=self.clock, report=report, deadline_seconds=1.0
+            key=self.coordinator_key,
+            witness=self.witness(),
+            clock=self.clock,
+            report=report,
+            deadline_seconds=1.0,
+            admission_seconds=admission_seconds,
         )
         with self.log() as log:
             return run_job(job, cohort, coordinator=coordinator, store=self.store(job), log=log)

@@ -156,6 +156,26 @@ def test_a_job_goes_on_without_the_site_whose_operator_is_asleep(federation, job
     verify_federation(federation.root)
 
 
+def test_a_patient_coordinator_asks_again_until_a_person_has_decided(federation, job, monkeypatch):
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            federation.approvals().decide(job, "approved")
+
+    monkeypatch.setattr("fedgrade.federation.conversation.time.sleep", pause)
+    with ExitStack() as stack:
+        sites = {
+            name: stack.enter_context(federation.site(name, policy=ASKING if name == SITE else POLICY))
+            for name in NAMES
+        }
+        cohort = InProcessCohort(sites={name: site.answer for name, site in sites.items()})
+        federation.run(job, cohort, admission_seconds=60.0)
+    assert len(pauses) == 2
+    assert set(federation.release(job).release.contributions) == set(NAMES)
+
+
 def test_if_too_many_operators_are_asleep_the_run_says_whose(federation, job):
     with pytest.raises(RoundFailed, match=r"refused \(waiting\): job small: waits for this site's operator"):
         federation.run_in_process(job, policy=ASKING)
