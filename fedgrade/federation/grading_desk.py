@@ -12,11 +12,11 @@ import numpy.typing as npt
 from fedgrade.data.manifest import Photo, Provenance, Split
 from fedgrade.data.photos import PhotoLimits, digest_file, open_photo
 from fedgrade.errors import DataRefused
+from fedgrade.federation.bundle import open_model
 from fedgrade.federation.payloads import Head
-from fedgrade.federation.release import open_release
 from fedgrade.grading import decide, expected_costs
 from fedgrade.model.adapter import graded_inputs
-from fedgrade.model.backbones import Compute, extractor
+from fedgrade.model.backbones import Compute, Device, extractor
 from fedgrade.model.head import grade_probabilities
 from fedgrade.model.preprocessing import FeatureArray, prepare
 from fedgrade.model.spec import ModelSpec
@@ -40,22 +40,18 @@ class GradedPhoto:
 
 
 def grade_photos(photos: Sequence[Path], *, release: Path, roster: Roster, cache: Path) -> list[GradedPhoto]:
-    """Each of ``photos``, graded as an item of its own by the model in the folder ``release``.
+    """Each of ``photos``, graded as an item of its own by the model in the folder ``release``, or bundle.
 
     Raises:
         SignatureRefused, DocumentRefused, ModelRefused: the release is not one by the roster's coordinator.
         DataRefused: a photo cannot be read.
     """
-    opened = open_release(release, signed_by=roster.coordinator)
-    scale = opened.release.job.spec.grading
-    cache.mkdir(parents=True, exist_ok=True)
-    model, head = opened.release.job.spec.model, opened.head
-    extract = _extract(model, head, cache=cache)
+    opened = open_model(release, signed_by=roster.coordinator)
+    scale, model = opened.release.job.spec.grading, opened.release.job.spec.model
+    grade = grader(model, opened.head, cache=cache, device="auto")
     graded = []
     for path in photos:
-        features = extract(prepare(_pixels(path), model.input_size)[None])
-        inputs = graded_inputs(model, features, centre=head.centre, change=head.network)
-        probabilities = grade_probabilities(head.thresholds, inputs)
+        probabilities = grade(prepare(_pixels(path), model.input_size)[None])
         decided = int(decide(probabilities, scale)[0])
         graded.append(
             GradedPhoto(
@@ -69,14 +65,28 @@ def grade_photos(photos: Sequence[Path], *, release: Path, roster: Roster, cache
     return graded
 
 
-def _extract(model: ModelSpec, head: Head, *, cache: Path) -> Callable[[FeatureArray], FeatureArray]:
+def grader(
+    model: ModelSpec, head: Head, *, cache: Path, device: Device
+) -> Callable[[FeatureArray], npt.NDArray[np.float64]]:
+    """What turns network inputs [photos, 3, input, input] into probabilities [photos, grades] by ``head``."""
+    cache.mkdir(parents=True, exist_ok=True)
+    extract = _extract(model, head, cache=cache, device=device)
+
+    def probabilities(batch: FeatureArray) -> npt.NDArray[np.float64]:
+        inputs = graded_inputs(model, extract(batch), centre=head.centre, change=head.network)
+        return grade_probabilities(head.thresholds, inputs)
+
+    return probabilities
+
+
+def _extract(model: ModelSpec, head: Head, *, cache: Path, device: Device) -> Callable[[FeatureArray], FeatureArray]:
     """What turns network inputs [photos, 3, input, input] into features: frozen backbone or trained network."""
     if model.on_features:
-        return extractor(model, cache=cache, device="auto", threads=1).extract
+        return extractor(model, cache=cache, device=device, threads=1).extract
     # Torch takes seconds to start; a head on a frozen backbone never needs it.
     from fedgrade.model.networks import TrainedExtractor  # noqa: PLC0415
 
-    return TrainedExtractor(model, head.network, compute=Compute(device="auto", threads=1)).extract
+    return TrainedExtractor(model, head.network, compute=Compute(device=device, threads=1)).extract
 
 
 def _pixels(path: Path) -> npt.NDArray[np.uint8]:

@@ -15,8 +15,8 @@ from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import PublicKey, SigningKey, SiteId
 
-_DOCUMENT, _WEIGHTS = "release.json", "weights.safetensors"
-_MAX_BYTES = 2**28
+DOCUMENT, WEIGHTS = "release.json", "weights.safetensors"
+MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ def publish(release: ModelRelease, head: Head, *, folder: Path, key: SigningKey)
         raise ModelRefused("release: the weights are not those that the document names")
     folder.mkdir(parents=True, exist_ok=True)
     document = seal(release, key)
-    write_durably(folder / _WEIGHTS, weights)
-    write_durably(folder / _DOCUMENT, document)
+    write_durably(folder / WEIGHTS, weights)
+    write_durably(folder / DOCUMENT, document)
     return digest(document)
 
 
@@ -62,21 +62,29 @@ def open_release(folder: Path, *, signed_by: PublicKey) -> OpenedRelease:
     Raises:
         DocumentRefused, SignatureRefused, ModelRefused: it is not such a release; nothing of it may be used.
     """
-    raw = _read(folder / _DOCUMENT)
+    document, weights = _read(folder / DOCUMENT), _read(folder / WEIGHTS)
+    return opened_from(document, weights, signed_by=signed_by, what=f"release {folder}")
+
+
+def opened_from(document: bytes, weights: bytes, *, signed_by: PublicKey, what: str) -> OpenedRelease:
+    """The release of the sealed ``document``, signed by ``signed_by``, with its ``weights``; ``what`` is its name.
+
+    Raises:
+        DocumentRefused, SignatureRefused, ModelRefused: it is not such a release; nothing of it may be used.
+    """
     try:
-        release = open_sealed(raw, as_=ModelRelease, signed_by=signed_by, what=f"release {folder}")
+        release = open_sealed(document, as_=ModelRelease, signed_by=signed_by, what=what)
     except SignatureRefused as error:
-        raise SignatureRefused(f"release {folder}: {error}") from error
-    weights = _read(folder / _WEIGHTS)
+        raise SignatureRefused(f"{what}: {error}") from error
     if digest(weights) != release.weights_digest:
-        raise ModelRefused(f"release {folder}: {_WEIGHTS} is not the file that was signed for")
-    return OpenedRelease(release=release, head=read_head(weights, release.job), digest=digest(raw))
+        raise ModelRefused(f"{what}: {WEIGHTS} is not the file that was signed for")
+    return OpenedRelease(release=release, head=read_head(weights, release.job), digest=digest(document))
 
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DocumentRefused(f"release {path}: {path.stat().st_size} bytes; the limit is {_MAX_BYTES}")
+        if path.stat().st_size > MAX_BYTES:
+            raise DocumentRefused(f"release {path}: {path.stat().st_size} bytes; the limit is {MAX_BYTES}")
         return path.read_bytes()
     except OSError as error:
         raise DocumentRefused(f"release {path}: cannot be read ({error.strerror})") from error

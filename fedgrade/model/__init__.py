@@ -7,6 +7,7 @@
 - :mod:`fedgrade.model.starting` — public starting points, computed from a hash.
 - :mod:`fedgrade.model.networks` — what learns, as torch modules.
 - :mod:`fedgrade.model.adapter` — the bottleneck on frozen features, in numpy.
+- :mod:`fedgrade.model.portable` — a whole model as one ONNX file; the only file that knows the package onnx.
 - :mod:`fedgrade.model.weights` — weights as strict safetensors bytes, never pickle.
 - :mod:`fedgrade.model.head` — the cumulative ordinal head, in numpy.
 

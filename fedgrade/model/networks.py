@@ -14,9 +14,9 @@ from torch import nn
 
 from fedgrade.errors import ModelRefused
 from fedgrade.model.adapter import Adapter
-from fedgrade.model.backbones import Compute, one_by_one, starting_network, torch_device, torch_threads
+from fedgrade.model.backbones import Compute, export, one_by_one, starting_network, torch_device, torch_threads
 from fedgrade.model.head import BIAS_FEATURE
-from fedgrade.model.pooling import pooled
+from fedgrade.model.pooling import PooledBackbone, pooled
 from fedgrade.model.preprocessing import FeatureArray
 from fedgrade.model.spec import ModelSpec
 
@@ -129,6 +129,15 @@ class TrainedExtractor:
         """
         with torch_threads(self._threads):
             return one_by_one(self._module.features, batch, device=self._device, dimensions=self.dimensions)
+
+
+def exported_network(spec: ModelSpec, change: FeatureArray) -> bytes:
+    """The network with a trained ``change`` as ONNX, from photos to features; see :class:`TrainedExtractor`.
+
+    Raises:
+        ModelRefused: the change does not fit, or torch could not.
+    """
+    return export(spec, PooledBackbone(_changed(_learning(spec), change), spec.pooling))
 
 
 def item_module(spec: ModelSpec, *, thresholds: FloatArray, centre: FloatArray, change: FeatureArray) -> nn.Module:

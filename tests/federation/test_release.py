@@ -69,7 +69,7 @@ def test_a_release_by_someone_else_is_refused_and_named(folder):
 
 
 def test_a_file_above_the_limit_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(release_module, "_MAX_BYTES", 100)
+    monkeypatch.setattr(release_module, "MAX_BYTES", 100)
     with pytest.raises(DocumentRefused, match="bytes; the limit is 100"):
         open_release(folder, signed_by=KEY.public)
 
