@@ -57,7 +57,19 @@ def attached(root: Path) -> Iterator["Control"]:
 
 def is_served(root: Path) -> bool:
     """Whether a process serves ``root`` now."""
-    return _held(_lock_file(root))
+    return is_held(_lock_file(root))
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock on ``path``."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def wait_for_nodes(root: Path, done: Callable[[Mapping[SiteId, int]], bool]) -> bool:
@@ -73,23 +85,11 @@ def wait_for_nodes(root: Path, done: Callable[[Mapping[SiteId, int]], bool]) -> 
 def wait_for_end(ledger: Path) -> bool:
     """Whether the run that writes ``ledger`` gave it up within some seconds."""
     deadline = time.monotonic() + _STOP_SECONDS
-    while _held(ledger):
+    while is_held(ledger):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
-
-
-def _held(path: Path) -> bool:
-    """Whether a process holds the lock on ``path``."""
-    try:
-        with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _lock_file(root: Path) -> Path:

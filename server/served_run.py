@@ -18,7 +18,7 @@ from fedgrade.federation.rounds import stages_of
 from fedgrade.job import TrainingJob, plan_job
 from fedgrade.trust.identity import SiteId
 from server.app import RUN_DIRECTORY
-from server.attached import attached, is_served
+from server.attached import attached, is_held, is_served
 from server.configure import compose_job
 from server.control import Control, ControlRefused
 from server.coordinator_folder import CoordinatorFolder, Patience
@@ -51,6 +51,10 @@ def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resu
             job = folder.read_job()
             # A run that is on has its own already.
             folder.put_patience(patience)
+            if going and not is_held(folder.ledger):
+                # Of a SuperLink that was killed: it still counts the run, whose process is gone.
+                control.stop(going[0])
+                going = ()
         elif going:
             raise JobRefused(
                 f"{root}: run {going[0]} is on; follow it with `fedgrade run --engine served --federation {root} "

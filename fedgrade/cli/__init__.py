@@ -110,6 +110,10 @@ def verify(folder: Path, roster: Path | None, *, partial: bool) -> None:
         )
     else:
         console.print(f"[bold]{proof.entries} entries, every signature, chain, charge and receipt holds.[/bold]")
+    for site in sorted(
+        proof.roster.sites.keys() - (_roster(roster) or read_roster(folder / "roster.json")).sites.keys()
+    ):
+        console.print(f"{site} was revoked; whose key it had is the word of the coordinator's ledger.")
     if roster is None:
         console.print("The roster came from the folder itself; compare its keys with ones you trust, or give --roster.")
     if missing and not partial:

@@ -1,5 +1,7 @@
 """A partner's way in: files made once, a bundle taken only from the right coordinator, and nothing half-written."""
 
+import io
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -273,6 +275,23 @@ def test_init_as_typed_and_what_is_missing_is_named(home):
     assert key.fingerprint in whole.output
     again = CliRunner().invoke(commands, ["request", str(home / "node" / "site.yaml")])
     assert key.fingerprint in again.output
+
+
+class Terminal(io.StringIO):
+    """Somebody who types at a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_what_is_missing_is_asked_for_at_a_terminal(home, monkeypatch, capsys):
+    typed = ["north", str(home / "photos"), str(home / "manifest.csv"), "400", ", ".join(GRADES)]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(typed) + "\n"))
+    commands.main(["init", str(home / "node")], standalone_mode=False)
+    settings = read_site(home / "node" / "site.yaml").settings
+    assert (settings.site, settings.declared_items, settings.photos) == ("north", 400, str(home / "photos"))
+    assert decode_yaml(Policy, (home / "node" / "policy.yaml").read_bytes()).grades == GRADES
+    assert "Grades, best to worst" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flow", [False, True])

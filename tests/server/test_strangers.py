@@ -229,6 +229,7 @@ def test_a_partner_that_is_revoked_in_mid_run_is_refused_and_the_run_goes_on_wit
     assert len(counted) == stages
     assert (counted[0], counted[-1]) == (True, False)
     assert counted == sorted(counted, reverse=True)
+    assert f"{gone} was revoked" in typed("verify", federation.coordinator)
 
 
 def refused(federation, site):
