@@ -218,8 +218,10 @@ class SumConversation:
             result = total.total()
         # Whatever is wrong with this attempt, also one that lay on disk while the roster changed, the next is apart.
         except FedgradeError as error:
-            for answers in phases:
-                stage.note(answers, in_vain=True)
+            for number, answers in enumerate(phases):
+                # With recovery, more sites refuse to send than may be missing only if somebody dealt them shares that
+                # do not open: they must not be the ones who are left out for it.
+                stage.note(answers, in_vain=number > 0 or not begun.terms.task.tolerated_dropouts)
             stage.given_up.append(_reason(begun, error, phases))
             logger.warning("%s: given up: %s", stage.what, stage.given_up[-1])
             return None

@@ -36,10 +36,13 @@ def summing(rounds=1, **aggregation):
 
 
 class Partners:
-    """Every site of a federation, open; each can be restarted, which loses what it had in memory."""
+    """Every site of a federation, open; each can be restarted, which loses what it had in memory.
+
+    Who has a policy of its own in ``policies`` goes by that from its next start on.
+    """
 
     def __init__(self, federation, policy=SUMS):
-        self.federation, self.policy = federation, policy
+        self.federation, self.policy, self.policies = federation, policy, {}
         self.sites, self._open = {}, {}
         for name in federation.site_keys:
             self._start(name)
@@ -56,7 +59,9 @@ class Partners:
 
     def _start(self, name):
         self._open[name] = ExitStack()
-        self.sites[name] = self._open[name].enter_context(self.federation.site(name, policy=self.policy))
+        self.sites[name] = self._open[name].enter_context(
+            self.federation.site(name, policy=self.policies.get(name, self.policy))
+        )
 
     def restart(self, name):
         self._open[name].close()

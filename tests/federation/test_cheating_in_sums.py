@@ -305,17 +305,35 @@ def test_a_partner_that_stumbles_after_others_paid_gets_one_more_chance_in_a_sta
 # --- recovery ---------------------------------------------------------------------------------------------------------
 
 
-def spoilt(honest, key):
-    return sealed(replace(honest, shares={site: bytes(len(share)) for site, share in honest.shares.items()}), key)
+def spoilt_for(victims):
+    def spoilt(honest, key):
+        shares = {site: bytes(len(share)) if site in victims else share for site, share in honest.shares.items()}
+        return sealed(replace(honest, shares=shares), key)
+
+    return spoilt
 
 
-def test_shares_that_do_not_open_end_the_job_and_name_who_dealt_them(five):
+@pytest.mark.parametrize("victims", [FIVE[:2], FIVE[:4]])
+def test_shares_that_do_not_open_end_the_job_and_name_who_dealt_them(five, victims):
+    """One partner must not be able to choose which others the job goes on without."""
     wire = fails(
-        five, RECOVERING, with_commitment(five, FIVE[4], spoilt), "shares from recycler-e: do not open; begin a further"
+        five,
+        RECOVERING,
+        with_commitment(five, FIVE[4], spoilt_for(victims)),
+        r"attempt 2: .*recycler-a refused \(attempt\): shares from recycler-e: do not open",
     )
     assert {code for _, code in wire.refusals()} == {"attempt"}
+    assert all(set(call) == set(FIVE) for call in wire.calls)
     # Who was dealt them noticed before it charged.
-    assert all(paid(five.federation, site) == {} for site in FIVE[:4])
+    assert all(paid(five.federation, site) == {} for site in victims)
+
+
+def test_shares_that_do_not_open_for_as_many_as_may_vanish_cost_nobody_anything(five):
+    liar = with_commitment(five, FIVE[4], spoilt_for(FIVE[:1]))
+    _, noted = run(five, RECOVERING, liar)
+    assert not noted.put_out
+    assert all(gathered.sites == FIVE[1:] for _, gathered in noted.gathered)
+    assert paid(five.federation, FIVE[1]) == EACH_ONCE
 
 
 def wrong_shares(partners, liar):

@@ -1,6 +1,7 @@
 """Whole jobs under a secure sum, every byte through ``Site.answer``: what they cost, who is in them, what faults do."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from fedgrade.federation.messages import (
 from fedgrade.federation.payloads import read_masked
 from fedgrade.federation.verification import verify_federation
 from tests.federation.small_federation import NAMES, SmallFederation
-from tests.federation.sum_partners import FIVE, Noted, Partners, Wire, at, paid, place, summing
+from tests.federation.sum_partners import FIVE, SUMS, Noted, Partners, Wire, at, paid, place, summing
 
 pytestmark = pytest.mark.usefixtures("quick")
 GONE = NAMES[2]
@@ -123,6 +124,22 @@ def test_a_reply_that_is_lost_for_good_stays_charged_and_uncounted(partners):
     _, _, noted = run(partners, ONE_ROUND, lossy)
     assert paid(partners.federation, GONE)["train", 0] == 1
     assert noted.gathered[1][1].sites == NAMES[:2]
+
+
+def test_a_site_whose_policy_wants_more_company_waits_for_it_and_comes_back(five):
+    """A partner vanishes for one stage, and another does not take part in so small a set; it is not out for that."""
+    gone, strict = FIVE[3:]
+    five.policies[strict] = replace(SUMS, minimum_participants=5)
+    five.restart(strict)
+
+    def gone_at_first(site, body, pass_on):
+        return None if site == gone and at(body, CommitRequest, "centre") else pass_on()
+
+    _, wire, noted = run(five, summing(rounds=2, minimum_sites=3), gone_at_first)
+    assert not noted.put_out
+    assert wire.refusals() == [(strict, "policy")]
+    assert [gathered.sites for _, gathered in noted.gathered] == [FIVE[:3], FIVE[:3], FIVE, FIVE]
+    assert set(paid(five.federation, FIVE[0]).values()) == {1}
 
 
 def test_a_site_that_is_gone_for_good_is_asked_ever_more_seldom_and_each_attempt_keeps_the_deadline(partners):
