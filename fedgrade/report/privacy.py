@@ -10,9 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from fedgrade.errors import DocumentRefused
 from fedgrade.federation.site_proof import AccountProof
 from fedgrade.federation.store import write_durably
@@ -37,6 +34,7 @@ from fedgrade.report.observers import (
     site_rows,
     worst_epsilon,
 )
+from fedgrade.report.page import rendered
 from fedgrade.report.quality import Quality, quality
 from fedgrade.report.releases import ReleaseRow, release_rows, smallest_scale, uses_floating_point
 from fedgrade.report.words import (
@@ -48,7 +46,6 @@ from fedgrade.report.words import (
     limit_text,
     plain,
     share_text,
-    typeset,
 )
 from fedgrade.trust.identity import Roster
 from fedgrade.trust.records import AccountKey
@@ -102,9 +99,8 @@ def privacy_report(proof: FederationProof, *, generated: datetime, roster_source
             proves consistency but not whose keys these are.
     """
     bars, lines = budget_of(proof), spending_of(proof)
-    page = _environment().get_template("privacy.html.j2")
-    return page.render(
-        style=Markup(_resource("report.css")),  # noqa: S704 - our own file
+    return rendered(
+        "privacy.html.j2",
         generated=generated.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         roster_source=roster_source,
         summary=_summary(fullest(proof)),
@@ -150,23 +146,6 @@ def write_report(folder: Path, *, roster: Roster | None, now: datetime) -> Path:
             f"report {path}: cannot be written ({error.strerror}); make room for it and report again"
         ) from error
     return path
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("fedgrade.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["counted"] = counted
-    environment.filters["typeset"] = typeset
-    return environment
-
-
-def _resource(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _holder(proof: FederationProof) -> ObserverRow | None:

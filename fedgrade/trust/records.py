@@ -306,11 +306,20 @@ class RoundClosed:
 
 @dataclass(frozen=True, kw_only=True)
 class Released:
-    """The coordinator published a model."""
+    """The coordinator published a model.
+
+    ``bundle`` is the digest of the signed index of a bundle in which the release was handed on, and empty where it
+    stands by itself. These entries in their order are the registry of releases.
+    """
 
     kind: Literal["release"] = "release"
     job: str
     release_digest: str
+    bundle: str = ""
+
+    def __post_init__(self) -> None:
+        if self.bundle and not SHA256.fullmatch(self.bundle):
+            raise DocumentRefused(f"release: bundle {self.bundle[:80]!r} must be a SHA-256 in hexadecimal")
 
 
 @dataclass(frozen=True, kw_only=True)

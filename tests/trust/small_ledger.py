@@ -98,6 +98,7 @@ EVERY_KIND = (
     Enrolled(site=SITE, key=KEY.public, node_key=NODE_KEY, declared_items=500),
     Revoked(site=SITE, key=KEY.public, reason="left the market"),
     reserve(2, transcript="6" * 64),
+    Released(job="a" * 64, release_digest="2" * 64, bundle="7" * 64),
 )
 
 
