@@ -43,6 +43,7 @@ from fedgrade.trust.records import Purpose
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 3  # sites in one line about an attempt
 # A site whose policy asks for more company may be asked again when others are back.
 _PASSING: frozenset[RefusalCode] = PASSING | frozenset[RefusalCode]({"policy"})
 # A restart makes a site stumble at most twice: over an attempt that others paid for, and over its lost share key.
@@ -332,6 +333,7 @@ def _sort(
 
 
 def _reason(begun: BegunSum, error: FedgradeError, phases: list[_Answers]) -> str:
-    """Why the attempt ``begun`` came to nothing, in one line."""
+    """Why the attempt ``begun`` came to nothing, in one line that names a few."""
     said = [f"{site} {why}" for answers in phases for site, why in sorted((answers.behind | answers.lost).items())]
-    return "; ".join([f"attempt {begun.terms.task.attempt}: {error}", *said])
+    others = [f"and {len(said) - _NAMED} more"] if len(said) > _NAMED else []
+    return "; ".join([f"attempt {begun.terms.task.attempt}: {error}", *said[:_NAMED], *others])
