@@ -19,6 +19,7 @@ from rich.table import Table
 import fedgrade
 from fedgrade.cli.audit import audit
 from fedgrade.cli.budget import budget
+from fedgrade.cli.releases import releases, verify_release
 from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
 from fedgrade.federation.verification import FederationProof, verify_federation
 from fedgrade.logs import configure_logs
@@ -65,6 +66,8 @@ def cli(*, verbose: bool) -> None:
 
 cli.add_command(audit)
 cli.add_command(budget)
+cli.add_command(releases)
+cli.add_command(verify_release)
 
 
 @cli.group(epilog="Example: fedgrade keys new key.pem")
@@ -131,7 +134,7 @@ def report(folder: Path, roster: Path | None) -> None:
 
 
 @cli.command(epilog="Example: fedgrade grade --model runs/demo/jobs/0123456789abcdef/release photo.png")
-@click.option("--model", "release", type=FOLDER, required=True, help="Folder of a signed model release.")
+@click.option("--model", "release", type=FOLDER, required=True, help="Folder of a signed model release, or a bundle.")
 @click.option("--roster", type=FILE, help="Roster that names the coordinator; by default the release's federation's.")
 @click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where the exported backbone is kept.")
 @click.argument("photos", type=FILE, nargs=-1, required=True)

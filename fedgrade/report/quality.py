@@ -56,7 +56,7 @@ def quality(job: JobProof) -> Quality | None:
     release, scale = job.release.release, job.job.spec.grading
     sites = len(evaluations[-1].receipts)
     deviation = cell_deviation(job, sites=sites)
-    noise = _metric_noise(release.counts, scale, deviation=deviation)
+    noise = metric_deviation(release.counts, scale, deviation=deviation, sampled=False)
     table = np.maximum(release.counts.table, 0.0)
     critical = list(scale.critical_indices)
     safe = [grade for grade in range(scale.grades) if grade not in critical]
@@ -105,11 +105,16 @@ def _rows(counts: ConfusionCounts, scale: GradeScale) -> tuple[tuple[Cell, ...],
     return tuple(rows)
 
 
-def _metric_noise(counts: ConfusionCounts, scale: GradeScale, *, deviation: float) -> GradingMetrics:
-    """Standard deviation of each metric when the same noise is added to the published counts once more."""
-    rng = np.random.default_rng(_SEED)
-    redrawn = [
-        metrics(ConfusionCounts.of(counts.table + rng.normal(0.0, deviation, counts.table.shape)), scale)
-        for _ in range(REDRAWS)
-    ]
+def metric_deviation(counts: ConfusionCounts, scale: GradeScale, *, deviation: float, sampled: bool) -> GradingMetrics:
+    """Standard deviation of each metric when the same noise is added to the published counts once more.
+
+    ``sampled``: after as many items were drawn anew, each by itself, from the published table; the chance of who was
+    held out is then in it, but for what items of one source have in common.
+    """
+    rng, table = np.random.default_rng(_SEED), np.maximum(counts.table, 0.0)
+    total, shares = round(float(table.sum())), table.ravel() / (float(table.sum()) or 1.0)
+    redrawn = []
+    for _ in range(REDRAWS):
+        drawn = rng.multinomial(total, shares).reshape(table.shape) if sampled and total else counts.table
+        redrawn.append(metrics(ConfusionCounts.of(drawn + rng.normal(0.0, deviation, table.shape)), scale))
     return GradingMetrics(**{name: float(np.std([getattr(one, name) for one in redrawn])) for name in vars(redrawn[0])})

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from fedgrade.privacy.accounting import printed
 
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _RHO, _TIMES = "\N{GREEK SMALL LETTER RHO}", "\N{MULTIPLICATION SIGN}"
 _MAX_TEXT = 60  # characters of a name that someone else chose
 
@@ -19,7 +19,7 @@ def delta_text(delta: Fraction) -> str:
     """``delta`` as ``10⁻⁵`` or ``2.5`` times ``10⁻⁶``, rounded up to three digits."""
     exponent = math.floor(math.log10(delta))
     mantissa = math.ceil(delta / Fraction(10) ** exponent * 100) / 100
-    power = f"10{str(exponent).translate(_SUPERSCRIPTS)}"
+    power = f"10{str(exponent).translate(SUPERSCRIPTS)}"
     return power if mantissa == 1 else f"{mantissa:g} {_TIMES} {power}"
 
 
