@@ -61,8 +61,8 @@ class PublicKey:
         return " ".join(self.key_id[at : at + 4] for at in range(0, _FINGERPRINT_DIGITS, 4))
 
     def has_fingerprint(self, text: str) -> bool:
-        """Whether ``text`` is this key's fingerprint, however it was spaced."""
-        return _SEPARATORS.sub("", text).lower() == self.key_id[:_FINGERPRINT_DIGITS]
+        """Whether ``text`` is this key's fingerprint, or all of its :attr:`key_id`, however it was spaced."""
+        return _SEPARATORS.sub("", text).lower() in {self.key_id[:_FINGERPRINT_DIGITS], self.key_id}
 
     def verify(self, signature: bytes, message: bytes) -> None:
         """Return if ``signature`` is this key's over ``message``.

@@ -111,7 +111,7 @@ def opened_site(site_file):
     site, charging = open_site(read_site(site_file))
     with charging:
         data = site._data
-        held = read_holdings(data, grading=compose_job([]).grading, policy=site._policy, secret=b"0" * 32)
+        held = read_holdings(data, grading=compose_job([]).grading, policy=site._rules.now(), secret=b"0" * 32)
         for holding in held.cohorts.values():
             charging.open_dataset(holding.dataset)
     return site_file

@@ -166,9 +166,15 @@ def test_an_oversized_paper_is_refused_unread():
 def test_a_fingerprint_is_taken_however_it_was_spaced():
     key = KEY.public
     assert len(key.fingerprint.replace(" ", "")) == 32
-    for text in (key.fingerprint, key.fingerprint.upper(), key.fingerprint.replace(" ", ":"), key.key_id[:32]):
+    for text in (
+        key.fingerprint,
+        key.fingerprint.upper(),
+        key.fingerprint.replace(" ", ":"),
+        key.key_id[:32],
+        key.key_id,
+    ):
         assert key.has_fingerprint(text)
-    for text in ("", key.fingerprint[:-1], key.key_id, key.hexadecimal, OTHER.public.fingerprint):
+    for text in ("", key.fingerprint[:-1], key.key_id[:-1], key.hexadecimal, OTHER.public.fingerprint):
         assert not key.has_fingerprint(text)
 
 
