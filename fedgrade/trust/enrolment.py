@@ -24,6 +24,7 @@ from fedgrade.trust.records import COORDINATOR, UTC_TIME, Enrolled, Revoked
 T = TypeVar("T")
 
 MAX_PAPER_BYTES: Final = 2**20
+MAX_DECLARED_ITEMS: Final = 10**9
 _ADDRESS: Final = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9a-fA-F:]{2,45}\]):([0-9]{1,5})")
 _MAX_PORT: Final = 65535
 
@@ -56,6 +57,11 @@ class JoinRequest:
         site_id(self.site)
         if self.site == COORDINATOR:
             raise DocumentRefused(f"join request: the name {COORDINATOR!r} is the coordinator's own; choose another")
+        if not 1 <= self.declared_items <= MAX_DECLARED_ITEMS:
+            raise DocumentRefused(
+                f"join request: declared_items {str(self.declared_items)[:20]} must be at least 1 and at most "
+                f"{MAX_DECLARED_ITEMS}"
+            )
         _require_time(self.made, what="join request: made")
         _require_node_key(self.node_key)
         # As it will stand in the coordinator's ledger.

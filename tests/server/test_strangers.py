@@ -61,7 +61,7 @@ def eventually(condition, *, what, while_runs=None):
     while not (found := condition()):
         assert time.monotonic() < deadline, what
         assert while_runs is None or while_runs.poll() is None, what.read_text()
-        time.sleep(0.1)
+        time.sleep(0.3)
     return found
 
 

@@ -121,6 +121,8 @@ def signed_as(change):
         ({"site": ""}, "a name is 1 to 63 of"),
         ({"site": "coordinator"}, "the coordinator's own"),
         ({"declared_items": 0}, "must be at least 1"),
+        ({"declared_items": 10**9 + 1}, "at most 1000000000"),
+        ({"declared_items": 10**4000}, "at most 1000000000"),
         ({"declared_items": "400"}, "declared_items"),
         ({"node_key": NODE_KEY + " root@host"}, "node key"),
         ({"node_key": NODE_KEY + "\n" + NODE_KEY}, "node key"),
