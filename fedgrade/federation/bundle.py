@@ -238,13 +238,13 @@ def _files(folder: Path) -> Iterator[str]:
     for inside in ("", RECEIPTS):
         if inside and not (folder / inside).is_dir():
             continue
-        for entry in os.scandir(folder / inside):
-            name = f"{inside}/{entry.name}" if inside else entry.name
-            if name == RECEIPTS and entry.is_dir(follow_symlinks=False):
-                continue
-            if not entry.is_file(follow_symlinks=False):
-                raise DocumentRefused(f"bundle {folder}: {name!r} is no plain file; get the bundle again")
-            yield name
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                name = f"{inside}/{entry.name}" if inside else entry.name
+                if entry.is_file(follow_symlinks=False):
+                    yield name
+                elif name != RECEIPTS or not entry.is_dir(follow_symlinks=False):
+                    raise DocumentRefused(f"bundle {folder}: {name!r} is no plain file; get the bundle again")
 
 
 def _expected(folder: Path, name: str, file: BundledFile) -> bytes:
