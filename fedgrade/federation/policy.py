@@ -15,7 +15,7 @@ from fedgrade.privacy.accounting import MIN_DELTA, printed
 from fedgrade.privacy.budget import Ceiling, Spending
 from fedgrade.privacy.plan import exact
 from fedgrade.trust.identity import PublicKey, SiteId
-from fedgrade.trust.records import SHA256, Composition, Purpose
+from fedgrade.trust.records import Composition, Purpose
 
 Mode = Literal["local", "distributed", "local_sgd"]
 _HOURS = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
@@ -84,9 +84,9 @@ class Policy:
         if self.hours and not _HOURS.fullmatch(self.hours):
             raise DocumentRefused(f"policy.hours: {self.hours[:40]!r} must be like 20:00-06:00, or empty for always")
         for fingerprint in self.coordinators:
-            if not SHA256.fullmatch(fingerprint):
+            if not PublicKey.is_fingerprint(fingerprint):
                 raise DocumentRefused(
-                    f"policy.coordinators: {fingerprint[:80]!r} must be a fingerprint, 64 hexadecimal digits"
+                    f"policy.coordinators: {fingerprint[:80]!r} must be a fingerprint as `fedgrade site join` compares it"
                 )
 
     @property
@@ -121,8 +121,8 @@ def require_coordinator(policy: Policy, key: PublicKey) -> None:
     Raises:
         PolicyViolated: it names others.
     """
-    if policy.coordinators and key.key_id not in policy.coordinators:
-        raise PolicyViolated(f"coordinator {key.key_id[:16]} is not among policy.coordinators")
+    if policy.coordinators and not any(key.has_fingerprint(text) for text in policy.coordinators):
+        raise PolicyViolated(f"coordinator {key.fingerprint} is not among policy.coordinators")
 
 
 def require_release(policy: Policy, purpose: Purpose) -> None:

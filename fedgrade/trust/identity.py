@@ -23,6 +23,7 @@ _SITE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
 _OWNER_ONLY = 0o077
 _FINGERPRINT_DIGITS = 32
+_FINGERPRINT = re.compile(rf"[0-9a-f]{{{_FINGERPRINT_DIGITS}}}|[0-9a-f]{{64}}")
 _SEPARATORS = re.compile(r"[\s:-]")
 
 
@@ -63,6 +64,11 @@ class PublicKey:
     def has_fingerprint(self, text: str) -> bool:
         """Whether ``text`` is this key's fingerprint, or all of its :attr:`key_id`, however it was spaced."""
         return _SEPARATORS.sub("", text).lower() in {self.key_id[:_FINGERPRINT_DIGITS], self.key_id}
+
+    @staticmethod
+    def is_fingerprint(text: str) -> bool:
+        """Whether ``text`` could be some key's fingerprint or whole digest, however it was spaced."""
+        return _FINGERPRINT.fullmatch(_SEPARATORS.sub("", text).lower()) is not None
 
     def verify(self, signature: bytes, message: bytes) -> None:
         """Return if ``signature`` is this key's over ``message``.

@@ -192,7 +192,8 @@ def test_a_partner_may_train_and_not_be_measured_on(federation, job):
 
 def test_a_coordinator_that_the_policy_does_not_name_is_refused(federation, job):
     key = federation.roster.coordinator
-    require_coordinator(replace(POLICY, coordinators=(key.key_id,)), key)
+    for named in (key.key_id, key.fingerprint, key.fingerprint.replace(" ", "").upper()):
+        require_coordinator(replace(POLICY, coordinators=(named,)), key)
     other = replace(POLICY, coordinators=("0" * 64,))
     with pytest.raises(PolicyViolated, match=r"is not among policy\.coordinators"):
         require_coordinator(other, key)
