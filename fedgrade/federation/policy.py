@@ -86,7 +86,7 @@ class Policy:
         for fingerprint in self.coordinators:
             if not PublicKey.is_fingerprint(fingerprint):
                 raise DocumentRefused(
-                    f"policy.coordinators: {fingerprint[:80]!r} must be a fingerprint as `fedgrade site join` compares it"
+                    f"policy.coordinators: {fingerprint[:80]!r} must be a fingerprint as `fedgrade site join` shows"
                 )
 
     @property
