@@ -5,6 +5,10 @@ The backbone is a small one that was put where an exported one is kept; everythi
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +35,17 @@ from fedgrade.federation.portable_release import MAX_DIFFERENCE, portable_releas
 from fedgrade.model.backbones import extractor_digest  # noqa: E402
 from server.publishing import Wish, publish_bundle  # noqa: E402
 
+# What a compliance laptop does not have.
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "flwr", "opacus", "timm", "opendp", "onnx", "onnxruntime", "hydra"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
 NEWEST = Wish(job="", licence="", partial=False)
 PATCH = 28  # pixels that are averaged
 
@@ -268,6 +283,22 @@ def test_a_verifier_is_told_whose_receipts_it_could_not_check(federation, bundle
     path.write_text(json.dumps({**whole, "sites": {name: whole["sites"][name] for name in shorter.sites}}))
     held = said("verify-release", bundle, "--roster", path, "--cache", cache)
     assert f"signatures were not checked: {NAMES[1]}, {NAMES[2]}" in held
+
+
+def test_a_machine_without_onnxruntime_checks_the_rest_and_says_what_it_could_not(federation, bundle, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    command = [Path(sys.executable).parent / "fedgrade", "verify-release", bundle, "--roster"]
+    held = subprocess.run(
+        [*command, federation.root / "roster.json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert held.returncode == 0, held.stderr
+    assert "model.onnx was not run: onnx" in held.stdout
+    assert "each is the one that was signed for" in held.stdout
 
 
 def test_a_release_in_the_ledger_that_is_not_the_one_in_the_folder_is_named(federation, tmp_path):
