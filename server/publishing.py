@@ -71,6 +71,11 @@ def publish_bundle(
     key, roster = SigningKey.load(folder.key), folder.read_roster()
     if key.public != roster.coordinator:
         raise SignatureRefused(f"{folder.key}: is not the key that {folder.roster} names as the coordinator's")
+    if not any((folder.root / "sites").glob("*/ledger.jsonl")):
+        raise LedgerBroken(
+            f"{folder.root}: no partner's ledger is here to prove what was spent; ask partners for copies, and put them "
+            f"at {folder.root}/sites/<site>/ledger.jsonl"
+        )
     proof = verify_federation(folder.root, roster=roster)
     releases = registry(folder.root, coordinator=key.public)
     chosen = release_of(releases, wish.job)

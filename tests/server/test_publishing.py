@@ -227,6 +227,17 @@ def test_absent_ledgers_must_be_allowed_and_stand_on_the_card(federation, cache,
     assert f"<strong>Not in these figures:</strong> {NAMES[2]}" in card
 
 
+def test_a_coordinator_without_any_partners_ledger_is_told_what_to_ask_for(federation, cache, tmp_path):
+    sites = federation.root / "sites"
+    sites.rename(tmp_path / "away")
+    try:
+        with pytest.raises(LedgerBroken, match="ask partners for copies"):
+            publish(federation, tmp_path / "bundle", cache=cache, wish=Wish(job="", licence="", partial=True))
+    finally:
+        (tmp_path / "away").rename(sites)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_while_a_run_holds_the_ledger_nothing_is_published(federation, cache, tmp_path):
     wish = Wish(job="", licence="another card, so that an entry is needed", partial=False)
     with federation.log(), pytest.raises(LedgerUnavailable):
