@@ -21,9 +21,9 @@ from fedgrade.federation.bundle import (
 from fedgrade.federation.portable_release import portable_release, require_equal
 from fedgrade.federation.registry import RegisteredRelease, lineage, registry, release_of
 from fedgrade.federation.release import DOCUMENT, WEIGHTS, OpenedRelease
-from fedgrade.federation.verification import verify_federation
+from fedgrade.federation.verification import FederationProof, JobProof, verify_federation
 from fedgrade.report.card import Publication, model_card
-from fedgrade.trust.identity import SigningKey
+from fedgrade.trust.identity import Roster, SigningKey
 from fedgrade.trust.ledger import LedgerWriter
 from fedgrade.trust.records import COORDINATOR, Released
 from server.coordinator_folder import CoordinatorFolder
@@ -71,18 +71,10 @@ def publish_bundle(
     key, roster = SigningKey.load(folder.key), folder.read_roster()
     if key.public != roster.coordinator:
         raise SignatureRefused(f"{folder.key}: is not the key that {folder.roster} names as the coordinator's")
-    if not any((folder.root / "sites").glob("*/ledger.jsonl")):
-        raise LedgerBroken(
-            f"{folder.root}: no partner's ledger is here to prove what was spent; ask partners for copies, and put them "
-            f"at {folder.root}/sites/<site>/ledger.jsonl"
-        )
-    proof = verify_federation(folder.root, roster=roster)
+    proof = _proved(folder, roster)
     releases = registry(folder.root, coordinator=key.public)
     chosen = release_of(releases, wish.job)
-    proved = proof.jobs[chosen.job]
-    absent = [site for site in proved.job.participants if site not in proof.sites]
-    if absent and not wish.partial:
-        raise LedgerBroken(f"{folder.root}: no ledger of {', '.join(absent)}; add the copies, or give --partial")
+    proved = _require_ledgers(proof, chosen, folder, partial=wish.partial)
     if (opened := proved.release) is None:
         raise LedgerBroken(f"job {chosen.job[:16]}: its release is not proved")
     model = portable_release(opened, cache=cache)
@@ -106,6 +98,26 @@ def publish_bundle(
     bundle = write_bundle(contents, index=index, folder=to, key=key, record=record)
     size = sum(file.size for file in index.files.values()) + (to / INDEX).stat().st_size
     return Published(release=chosen, bundle=bundle, difference=difference, size=size)
+
+
+def _proved(folder: CoordinatorFolder, roster: Roster) -> FederationProof:
+    if not any((folder.root / "sites").glob("*/ledger.jsonl")):
+        raise LedgerBroken(
+            f"{folder.root}: no partner's ledger is here to prove what was spent; ask partners for copies, and put "
+            f"them at {folder.root}/sites/<site>/ledger.jsonl"
+        )
+    return verify_federation(folder.root, roster=roster)
+
+
+def _require_ledgers(
+    proof: FederationProof, chosen: RegisteredRelease, folder: CoordinatorFolder, *, partial: bool
+) -> JobProof:
+    """What was proved of the job of ``chosen``, with the ledgers of all who took part, or of some if ``partial``."""
+    proved = proof.jobs[chosen.job]
+    absent = [site for site in proved.job.participants if site not in proof.sites]
+    if absent and not partial:
+        raise LedgerBroken(f"{folder.root}: no ledger of {', '.join(absent)}; add the copies, or give --partial")
+    return proved
 
 
 def _released(folder: Path, opened: OpenedRelease) -> Mapping[str, bytes]:
