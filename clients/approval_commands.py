@@ -102,6 +102,7 @@ def _described(folder: SiteFolder, chosen: "AskedJob") -> list[str]:
         proof=prove_site(ledger, site=settings.site, roster=roster) if ledger.exists() else None,
         lineage=settings.lineage,
         cohorts={name: cohort.declared_items for name, cohort in settings.cohorts.items()},
+        coordinator=roster.coordinator,
     )
     mine = next(one for one in forecast(job, standings={settings.site: standing}).sites if one.site == settings.site)
     spec, seen = job.spec, mine.observers

@@ -202,6 +202,7 @@ def _summarise(
         "\nNext:\n"
         f"  {command} verify {shown}\n"
         f"  {command} grade --model {release} PHOTO.png\n"
+        f"  {command} publish {shown} --to published\n"
         f"  {command} run experiment=pilot privacy.target_epsilon=2\n"
         "The last one starts a federation whose ledgers remember: run it until a partner's budget refuses."
     )

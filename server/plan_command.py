@@ -6,7 +6,7 @@ Opens no connection, reads no photo, charges nothing; ledgers are verified as an
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Self
@@ -187,11 +187,13 @@ def _standing(folder: Path, site: SiteId, roster: Roster, proof: FederationProof
             proof=_ledger(here / settings.ledger, site, roster, proof),
             lineage=settings.lineage,
             cohorts={name: cohort.declared_items for name, cohort in settings.cohorts.items()},
+            coordinator=roster.coordinator,
         )
-    return Standing.of_ledger(
+    copied = Standing.of_ledger(
         _ledger(here / "ledger.jsonl", site, roster, proof),
         policy=read_policy(here / "policy.yaml") if (here / "policy.yaml").exists() else None,
     )
+    return replace(copied, coordinator=roster.coordinator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +262,7 @@ def _show_refusals(console: Console, forecasted: JobForecast, around: Surroundin
     for site in forecasted.sites:
         for exhausted in () if site.refusals else site.exhausted:
             console.print(f"Stays out, the site's other cohorts go on: {exhausted}", style="bold")
+    _show_reservations(console, forecasted)
     if not around.standings:
         return
     silent = [site.site for site in forecasted.sites if around.standings[site.site].policy is None]
@@ -267,6 +270,12 @@ def _show_refusals(console: Console, forecasted: JobForecast, around: Surroundin
         console.print(f"No policy file here, so refusals by policy are not foreseen: {', '.join(silent)}.")
     if len(forecasted.willing) == len(forecasted.sites):
         console.print("No rule and no budget known here stands in the way.")
+
+
+def _show_reservations(console: Console, forecasted: JobForecast) -> None:
+    for site in forecasted.sites:
+        for reservation in () if site.refusals else site.reservations:
+            console.print(f"{site.site} {reservation}", style="bold")
 
 
 def _noise_table(job: TrainingJob) -> Table:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedgrade.errors import DocumentRefused, JobRefused, LedgerUnavailable, PolicyViolated, SiteWaits
+from fedgrade.errors import DocumentRefused, JobRefused, LedgerBroken, LedgerUnavailable, PolicyViolated, SiteWaits
 from fedgrade.federation.store import write_durably
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import MAX_DOCUMENT_BYTES, decode, encode
@@ -49,7 +49,8 @@ class Approvals:
         """
         path = self._folder / f"{job.digest}.json"
         if not path.exists():
-            if sum(asked.decision == "waiting" for asked in self._read_all()) >= MAX_WAITING:
+            # Looked for and not decoded: one damaged file should keep no other job from being asked about.
+            if sum(b'"decision":"waiting"' in path.read_bytes() for path in self._folder.glob("*.json")) >= MAX_WAITING:
                 raise PolicyViolated(f"job {job.spec.name}: {MAX_WAITING} jobs wait for this site's operator already")
             self._write(path, _Asked(job_envelope=envelope, decision="waiting"))
         match self._read(path).decision:
@@ -64,7 +65,7 @@ class Approvals:
         """Every job that was shown, those that wait first.
 
         Raises:
-            DocumentRefused, SignatureRefused: a file is damaged, or by another coordinator.
+            LedgerBroken, SignatureRefused: a file is damaged, or by another coordinator.
         """
         jobs = [
             AskedJob(
@@ -95,7 +96,9 @@ class Approvals:
             with path.open("rb") as file:
                 return decode(_Asked, file.read(MAX_DOCUMENT_BYTES + 1), what=f"approval {path}")
         except OSError as error:
-            raise DocumentRefused(f"approval {path}: cannot be read ({error.strerror})") from error
+            raise LedgerBroken(f"approval {path}: cannot be read ({error.strerror})") from error
+        except DocumentRefused as error:
+            raise LedgerBroken(f"{error}; take the file away, and the job is asked about anew") from error
 
     def _write(self, path: Path, asked: _Asked) -> None:
         try:

@@ -42,6 +42,7 @@ class Conversation:
         self._envelope = seal(exchange.job, key).decode()
         self._ledger = ledger
         self._share_keys: dict[SiteId, bytes] = {}
+        self._evaluating: set[SiteId] = set()
         self._resting = Resting()
         self._sums = SumConversation(exchange, store=store, share_keys=self._share_keys, admit=self._admitted)
 
@@ -64,6 +65,9 @@ class Conversation:
             admitted |= self._admitted(frozenset(self._exchange.waiting))
         self._exchange.keep(admitted)
         self._exchange.require_enough(len(admitted), what="admission")
+        # Nobody should pay for the training of a model that cannot be measured in the end.
+        shy = dict.fromkeys(sorted(admitted - self._evaluating), "does not evaluate, by its policy.releases")
+        self._exchange.require_enough(len(admitted & self._evaluating), what="evaluation", missing=shy)
 
     def gather(self, purpose: Purpose, round_index: int, tensors: bytes) -> Gathered:
         """One stage's result from the sites that take part, who are shown the arrays ``tensors``.
@@ -71,6 +75,8 @@ class Conversation:
         Raises:
             RoundFailed: fewer than ``aggregation.minimum_sites`` answered with something that verifies.
         """
+        if purpose == "evaluate":
+            self._exchange.keep(self._evaluating)
         if sums(self._exchange.job):
             return self._sums.gather(purpose, round_index, tensors)
         received = self._each(purpose, round_index, tensors)
@@ -99,6 +105,7 @@ class Conversation:
                 body = reply.document.body
                 if isinstance(body, Admitted) and self._watched(site, body) and self._keyed(site, body):
                     admitted.add(site)
+                    (self._evaluating.add if body.evaluates else self._evaluating.discard)(site)
         return admitted
 
     def _watched(self, site: SiteId, body: Admitted) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from fedgrade.errors import FedgradeError
 from fedgrade.evaluation import ConfusionCounts, GradingMetrics, metrics
 from fedgrade.federation.charging import require_company, require_same_terms
-from fedgrade.federation.policy import Policy, admit
+from fedgrade.federation.policy import Policy, admit, require_coordinator
 from fedgrade.federation.site_proof import SiteProof
 from fedgrade.federation.verification import FederationProof
 from fedgrade.grading import GradeScale
@@ -25,7 +25,7 @@ from fedgrade.privacy.attack import AttackBound, bound_from_epsilon, bound_from_
 from fedgrade.privacy.budget import Ceiling, Spending, require_affordable
 from fedgrade.privacy.grid import from_grid
 from fedgrade.privacy.plan import ObserverEpsilons, PrivacyPlan, observer_epsilons
-from fedgrade.trust.identity import SiteId
+from fedgrade.trust.identity import PublicKey, SiteId
 from fedgrade.trust.records import AccountKey, Composition, DatasetOpened, Partition
 
 _PARTITIONS: tuple[Partition, ...] = ("train", "test")
@@ -44,12 +44,14 @@ class Standing:
         lineage: names the data set.
         cohorts: those that would pay, and what the site published of the size of each; none where only the job itself
             says how large the site is.
+        coordinator: who would seal the job; None where nobody is known.
     """
 
     policy: Policy | None = None
     proof: SiteProof | None = None
     lineage: str = ""
     cohorts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    coordinator: PublicKey | None = None
 
     @classmethod
     def of_ledger(cls, proof: SiteProof | None, *, policy: Policy | None) -> "Standing":
@@ -109,6 +111,7 @@ class SiteForecast:
         observers: of an item in a cohort that takes part.
         exhausted: the errors of accounts that could not bear the job; their cohorts stay out.
         refusals: the errors that the site would answer with; none: it takes part.
+        reservations: what its policy asks for besides: a person, an hour, not to be measured on.
     """
 
     site: SiteId
@@ -117,6 +120,7 @@ class SiteForecast:
     observers: ObserverEpsilons
     exhausted: tuple[str, ...]
     refusals: tuple[str, ...]
+    reservations: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,7 @@ def forecast(job: TrainingJob, *, standings: Mapping[SiteId, Standing]) -> JobFo
                 observers=_observers(shared, own=max(one.alone for one in accounts["train"]), plan=job.plan),
                 exhausted=tuple(exhausted[site].values()),
                 refusals=refusals[site],
+                reservations=_reservations(asked[site].policy),
             )
             for site, accounts in sides.items()
         ),
@@ -347,6 +352,8 @@ def _refusals(
     if policy is not None:
         published = job.declared_items[site] if declared is None else declared
         rules.append(partial(admit, job, policy=policy, site=site, declared_items=published))
+        if standing.coordinator is not None:
+            rules.append(partial(require_coordinator, policy, standing.coordinator))
         for account in sides["train"]:
             if dataset := standing.dataset(account.account):
                 items = standing.cohorts.get(account.account.cohort, dataset.declared_items)
@@ -358,6 +365,18 @@ def _refusals(
     messages = [message for rule in rules if (message := _refusal(rule)) is not None]
     messages += [exhausted[side[0].account] for side in broke]
     return tuple(dict.fromkeys(messages))
+
+
+def _reservations(policy: Policy | None) -> tuple[str, ...]:
+    """What ``policy`` asks for that is no refusal."""
+    if policy is None:
+        return ()
+    asked = (
+        (policy.approval, "a person must approve the job first (policy.approval)"),
+        (bool(policy.hours), f"answers at {policy.hours} alone, by its own clock (policy.hours)"),
+        ("evaluate" not in policy.releases, "trains, and is not measured on (policy.releases)"),
+    )
+    return tuple(words for applies, words in asked if applies)
 
 
 def _require_company(

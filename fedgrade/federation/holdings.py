@@ -10,12 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedgrade.data.manifest import Item, Manifest, Photo, Split, read_manifest
-from fedgrade.errors import DataRefused
+from fedgrade.errors import DataRefused, PolicyViolated
 from fedgrade.federation.policy import Policy
 from fedgrade.grading import GradeScale
+from fedgrade.job import TrainingJob
 from fedgrade.model.backbones import Compute
 from fedgrade.model.spec import ModelSpec, View
+from fedgrade.privacy.fixed_point import MAX_PHOTOS
 from fedgrade.trust.records import DatasetOpened
+
+MAX_NUMBERS = 2**31  # that a site's items may take as the head sees them, padded to the item with most photos
 
 
 class PhotoFeatures(Protocol):
@@ -123,6 +127,29 @@ def read_holdings(data: SiteData, *, grading: GradeScale, policy: Policy, secret
             for name, manifest in read.items()
         }
     )
+
+
+def require_room(job: TrainingJob, data: SiteData) -> None:
+    """Return if what this site declared leaves room for ``job``: said before anything is charged, by public numbers.
+
+    Raises:
+        PolicyViolated: an item may have more photos and views than can be added up, or all of them more than memory.
+    """
+    model = job.spec.model
+    if not model.on_features:
+        return
+    shown = data.photos_per_item * len(model.views)
+    if shown > MAX_PHOTOS:
+        raise PolicyViolated(
+            f"job {job.spec.name}: shows {len(model.views)} views of each photo, of which this site lets an item have "
+            f"{data.photos_per_item}; at most {MAX_PHOTOS} can be added up; ask for fewer model.views"
+        )
+    numbers = shown * data.declared_items * model.feature_dimensions
+    if numbers > MAX_NUMBERS:
+        raise PolicyViolated(
+            f"job {job.spec.name}: would hold up to {numbers:.1e} numbers in this site's memory; the limit is "
+            f"{MAX_NUMBERS:.1e}; ask for fewer model.views, or a lower photos_per_item at this site"
+        )
 
 
 def _require_bounded(manifest: Manifest, *, photos_per_item: int) -> None:

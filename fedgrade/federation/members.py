@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedgrade.data.manifest import Manifest
-from fedgrade.errors import LedgerBroken, LedgerUnavailable
+from fedgrade.errors import DocumentRefused, LedgerBroken, LedgerUnavailable
 from fedgrade.federation.store import write_durably
 from fedgrade.trust.canonical import decode, encode
 
@@ -90,7 +90,11 @@ class Members:
     def _read(self) -> dict[str, frozenset[str]]:
         if not self._path.exists():
             return {}
-        cohorts = decode(_Cohorts, self._path.read_bytes(), what=f"members {self._path}", limit=MAX_MEMBERS_BYTES)
+        try:
+            cohorts = decode(_Cohorts, self._path.read_bytes(), what=f"members {self._path}", limit=MAX_MEMBERS_BYTES)
+        except DocumentRefused as error:
+            # This site's own file, whose name and faults are nobody else's business.
+            raise LedgerBroken(f"{error}; restore it from the same backup as the ledger") from error
         return {name: frozenset(members) for name, members in cohorts.members.items()}
 
     def _write(self, known: Mapping[str, frozenset[str]]) -> None:

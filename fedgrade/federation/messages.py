@@ -104,12 +104,14 @@ class Admitted:
     ``head`` is the sealed head of its ledger as it now stands, and ``consistency`` the proof, in hexadecimal, that
     nothing but entries at its end was added since the head that the coordinator had ``seen``. ``share_key`` is the
     signed key under which other sites encrypt shares to this one, in a job whose secure sums tolerate dropouts.
+    ``evaluates`` says whether its held-out items may be asked for as well.
     """
 
     kind: Literal["admitted"] = "admitted"
     head: str
     consistency: tuple[str, ...]
     share_key: str = ""
+    evaluates: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

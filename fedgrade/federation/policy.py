@@ -57,10 +57,10 @@ class Policy:
     backbones: tuple[str, ...]
     grades: tuple[str, ...]
     synthetic_ceiling: float
-    releases: tuple[Purpose, ...] = ("centre", "train", "evaluate")
-    coordinators: tuple[str, ...] = ()
-    hours: str = ""
-    approval: bool = False
+    releases: tuple[Purpose, ...]
+    coordinators: tuple[str, ...]
+    hours: str
+    approval: bool
 
     def __post_init__(self) -> None:
         for name in ("epsilon_limit", "epsilon_per_job"):
@@ -81,7 +81,7 @@ class Policy:
         self._require_habits()
 
     def _require_habits(self) -> None:
-        if self.hours and not _HOURS.fullmatch(self.hours):
+        if self.hours and (not _HOURS.fullmatch(self.hours) or len(set(self.hours.split("-"))) == 1):
             raise DocumentRefused(f"policy.hours: {self.hours[:40]!r} must be like 20:00-06:00, or empty for always")
         for fingerprint in self.coordinators:
             if not PublicKey.is_fingerprint(fingerprint):
@@ -147,6 +147,10 @@ def admit(job: TrainingJob, *, policy: Policy, site: SiteId, declared_items: int
         (
             job.declared_items.get(site) == declared_items,
             f"the job says this site declared {job.declared_items.get(site)} items; it declared {declared_items}",
+        ),
+        (
+            {"centre", "train"} <= set(policy.releases),
+            f"policy.releases {list(policy.releases)} are not enough to train; centre and train are needed",
         ),
         (plan.mode in policy.modes, f"privacy.mode {plan.mode!r} is not among policy.modes {list(policy.modes)}"),
         (

@@ -92,7 +92,8 @@ def compute_release(
 ) -> bytes:
     """The arrays of one release as safetensors: ``release`` (noisy integers) or, for DP-SGD, ``update``.
 
-    Guarantee: costs exactly ``job.plan.mechanism(purpose)``. Noise is drawn before ``rows`` is first called.
+    Guarantee: costs exactly ``job.plan.mechanism(purpose)``. Integer noise is drawn before ``rows`` is first called;
+    that of DP-SGD goes with its steps.
     """
     mechanism = job.plan.mechanism(purpose)
     if isinstance(mechanism, PoissonGaussian):

@@ -28,7 +28,7 @@ from fedgrade.errors import (
 )
 from fedgrade.federation.activity import AccountStanding, Activity, standings_of
 from fedgrade.federation.charging import Ask, Charging, Reserved
-from fedgrade.federation.holdings import SiteData, read_holdings
+from fedgrade.federation.holdings import SiteData, read_holdings, require_room
 from fedgrade.federation.house_rules import HouseRules
 from fedgrade.federation.messages import (
     AdmitRequest,
@@ -126,16 +126,16 @@ class Site:
         with self._one_at_a_time:
             try:
                 request = read_message(raw, as_=Request, signed_by=self._identity.roster.coordinator)
+                policy = self._current_policy()
                 kept = self._outbox.find(request_digest)
-                return kept if kept is not None else self._fulfil(request, request_digest)
+                return kept if kept is not None else self._fulfil(request, request_digest, policy)
             except Exception as error:  # noqa: BLE001 - a door: whatever happens, the coordinator learns only a code
                 return self._refuse(error, request_digest)
 
-    def _fulfil(self, request: Opened[Request], request_digest: str) -> bytes:
+    def _fulfil(self, request: Opened[Request], request_digest: str, policy: Policy) -> bytes:
         document = request.document
         if document.site != self._identity.site:
             raise MessageRefused(f"message for {document.site}; this is {self._identity.site}")
-        policy = self._current_policy()
         match document.body:
             case AdmitRequest():
                 return self._admit(document, document.body, request_digest, policy)
@@ -180,6 +180,7 @@ class Site:
             head=self._charging.sealed_head,
             consistency=self._charging.growth_since(seen),
             share_key=self._sums.share_key(opened.job),
+            evaluates="evaluate" in policy.releases,
         )
         return self._reply(admitted, request_digest)
 
@@ -208,6 +209,8 @@ class Site:
         rounds = opened.job.plan.rounds if purpose == "train" else 1
         self._note(job=opened.job.spec.name, stage=f"{purpose}, round {round_index + 1} of {rounds}")
         require_release(policy, purpose)
+        # A person may take an approval back, or ask for one from now on, in the middle of a job too.
+        self._rules.require_approved(policy, opened.job, self._charging.accepted(opened.job.digest).job_envelope)
         if not 0 <= round_index < rounds or attempt < 0:
             raise MessageRefused(f"{purpose} round {round_index}: the plan has no such round")
         ask = Ask(job=opened.job.digest, purpose=purpose, round_index=round_index, attempt=attempt)
@@ -271,6 +274,7 @@ class Site:
         job = open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
         admit(job, policy=policy, site=self._identity.site, declared_items=self._data.declared_items)
         self._require_known(job)
+        require_room(job, self._data)
         holdings = read_holdings(self._data, grading=job.spec.grading, policy=policy, secret=self._secret)
         return OpenJob(job=job, holdings=holdings)
 

@@ -23,7 +23,8 @@ def unit_features(features: npt.ArrayLike) -> FloatArray:
     Guarantee: no row is longer than 1, whatever comes in; zero and non-finite rows become zero. Rows are first scaled
     by their largest entry, so that no square overflows or vanishes.
     """
-    rows = np.asarray(features, dtype=np.float64)
+    # In one order of memory: sums along rows that lie apart depend on how many there are.
+    rows = np.ascontiguousarray(features, dtype=np.float64)
     largest = np.abs(rows).max(axis=1, initial=0.0, keepdims=True)
     usable = np.isfinite(largest) & (largest > 0)
     scaled = np.where(usable, rows, 0.0) / np.where(usable, largest, 1.0)

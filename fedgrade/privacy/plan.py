@@ -283,12 +283,16 @@ def _sgd_plan(spec: LocalSgdSpec) -> PrivacyPlan:
 
 
 def _gaussian(rho: Fraction, *, bits: int) -> DiscreteGaussian:
-    """The least integer noise scale on the grid of 2^``bits`` that costs at most ``rho``."""
-    sensitivity = 2**bits
+    """A least integer noise scale on the grid of 2^``bits`` that costs at most ``rho``.
+
+    On a finer grid than 2^20 the scale is a multiple of what makes it one: a plan is solved anew by whoever reads it,
+    and should not hang on the last bits of another machine's logarithms.
+    """
+    sensitivity, step = 2**bits, 2 ** max(0, bits - CENTRE_GRID_BITS)
     wanted = Fraction(sensitivity**2) / (2 * rho)  # the least square of a scale
     scale = math.isqrt(wanted.numerator // wanted.denominator)
     scale += scale**2 < wanted
-    return DiscreteGaussian(sensitivity=sensitivity, scale=scale)
+    return DiscreteGaussian(sensitivity=sensitivity, scale=-(-scale // step) * step)
 
 
 def _check_grid(name: str, mechanism: DiscreteGaussian, *, bits: int) -> None:

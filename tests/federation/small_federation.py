@@ -108,6 +108,10 @@ POLICY = Policy(
     backbones=("tf_efficientnet_lite0",),
     grades=SCALE.labels,
     synthetic_ceiling=0.1,
+    releases=("centre", "train", "evaluate"),
+    coordinators=(),
+    hours="",
+    approval=False,
 )
 NAMES = (site_id("recycler-a"), site_id("recycler-b"), site_id("recycler-c"))
 ONE_COHORT = MappingProxyType({"2026": ("manifest.csv", DECLARED)})

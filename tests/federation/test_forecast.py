@@ -305,3 +305,20 @@ def test_a_forecast_writes_nothing_and_needs_no_lock(federation):
         before = {path: path.read_bytes() for path in federation.root.rglob("*") if path.is_file()}
         forecast(federation.job(), standings=standings(federation))
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_a_policy_reserves_is_told_and_is_no_refusal():
+    job = plan_job(SPEC, declared_items=ITEMS, nonce="0")
+    reserved = replace(POLICY, approval=True, hours="20:00-06:00", releases=("centre", "train"))
+    (first, *others) = forecast(job, standings={NAMES[0]: Standing(policy=reserved)}).sites
+    assert first.refusals == ()
+    assert [words.split()[0] for words in first.reservations] == ["a", "answers", "trains,"]
+    assert all(site.reservations == () for site in others)
+
+
+def test_a_coordinator_that_the_policy_does_not_name_is_foreseen(federation):
+    job = plan_job(SPEC, declared_items=ITEMS, nonce="0")
+    key = federation.roster.coordinator
+    policy = replace(POLICY, coordinators=("0" * 64,))
+    (first, *_) = forecast(job, standings={NAMES[0]: Standing(policy=policy, coordinator=key)}).sites
+    assert any("policy.coordinators" in line for line in first.refusals)

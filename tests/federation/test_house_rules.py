@@ -13,14 +13,17 @@ from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.messages import Admitted, Contribution, Refusal
 from fedgrade.federation.policy import Policy, require_coordinator, require_open
 from fedgrade.federation.verification import verify_federation
+from fedgrade.privacy.fixed_point import MAX_PHOTOS
 from fedgrade.trust.canonical import decode_yaml
 from fedgrade.trust.records import DatasetOpened
-from tests.federation.small_federation import NAMES, POLICY, ask, refusal, told, with_privacy
+from tests.federation.small_federation import NAMES, POLICY, SPEC, ask, refusal, told, with_privacy
 
 pytestmark = pytest.mark.usefixtures("quick")
 SITE = NAMES[0]
 ASKING = replace(POLICY, approval=True)
-NEW = {"releases", "coordinators", "hours", "approval"}
+GUARDED = replace(
+    POLICY, releases=("centre", "train"), coordinators=("a" * 64,), hours="20:00-06:00", approval=True, modes=("local",)
+)
 
 
 @pytest.fixture
@@ -97,7 +100,9 @@ def test_outside_of_its_hours_a_site_counts_as_silent_and_is_back_in_the_morning
         assert isinstance(told(federation, site, federation.admission(job)), Admitted)
 
 
-@pytest.mark.parametrize("hours", ["24:00-06:00", "8:00-18:00", "08:00", "08:00-18:00 ", "08:00-18:60", "a"])
+@pytest.mark.parametrize(
+    "hours", ["24:00-06:00", "8:00-18:00", "08:00-08:00", "08:00", "08:00-18:00 ", "08:00-18:60", "a"]
+)
 def test_hours_that_are_none_are_refused_with_the_file(hours):
     with pytest.raises(DocumentRefused, match=r"policy\.hours"):
         replace(POLICY, hours=hours)
@@ -201,16 +206,107 @@ def test_a_coordinator_that_the_policy_does_not_name_is_refused(federation, job)
         assert refusal(federation, site, federation.admission(job))[0] == "policy"
 
 
-def test_new_keys_of_a_policy_may_be_left_out():
-    written = {name: value for name, value in vars(POLICY).items() if name not in NEW}
-    read = decode_yaml(Policy, yaml.safe_dump(_plain(written)).encode(), what="policy")
-    assert (read.releases, read.coordinators, read.hours, read.approval) == (
-        ("centre", "train", "evaluate"),
-        (),
-        "",
-        False,
-    )
+def test_a_policy_file_that_was_cut_short_is_never_another_policy():
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(GUARDED).items()}
+    text = yaml.safe_dump(values, sort_keys=False)
+    assert decode_yaml(Policy, text.encode(), what="policy") == GUARDED
+    for cut in range(len(text)):
+        try:
+            assert decode_yaml(Policy, text[:cut].encode(), what="policy") == GUARDED
+        except DocumentRefused:
+            continue
 
 
-def _plain(values):
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def test_approval_that_is_asked_for_from_now_on_counts_in_the_middle_of_a_job(federation, job):
+    standing = [POLICY]
+    with federation.site(policy=lambda: standing[0]) as site:
+        site.answer(federation.admission(job))
+        site.answer(federation.question(job, ask("centre")))
+        standing[0] = ASKING
+        assert refusal(federation, site, federation.question(job, ask("train")))[0] == "waiting"
+        federation.approvals().decide(job, "approved")
+        assert isinstance(told(federation, site, federation.question(job, ask("train"))), Contribution)
+
+
+def test_an_approval_that_is_taken_back_ends_the_job_at_this_site(federation, job):
+    with federation.site(policy=ASKING) as site:
+        site.answer(federation.admission(job))
+        federation.approvals().decide(job, "approved")
+        assert isinstance(told(federation, site, federation.admission(job)), Admitted)
+        federation.approvals().decide(job, "declined")
+        code, reason = refusal(federation, site, federation.question(job, ask("centre")))
+    assert (code, "was declined" in reason) == ("policy", True)
+
+
+def test_what_was_sent_before_is_not_sent_again_while_the_policy_says_no(federation, job):
+    standing = [POLICY]
+    with federation.site(policy=lambda: standing[0]) as site:
+        site.answer(federation.admission(job))
+        question = federation.question(job, ask("centre"))
+        first = site.answer(question)
+        standing[0] = replace(POLICY, hours="22:00-23:00")
+        assert refusal(federation, site, question)[0] == "waiting"
+        standing[0] = POLICY
+        assert site.answer(question) == first
+
+
+def test_nobody_pays_for_a_model_that_too_few_would_be_measured_on(federation, job):
+    shy = replace(POLICY, releases=("centre", "train"))
+    with ExitStack() as stack:
+        sites = {
+            name: stack.enter_context(federation.site(name, policy=POLICY if name == SITE else shy)) for name in NAMES
+        }
+        cohort = InProcessCohort(sites={name: site.answer for name, site in sites.items()})
+        with pytest.raises(RoundFailed, match=r"evaluation: 1 sites.*recycler-b, recycler-c does not evaluate"):
+            federation.run(job, cohort)
+    assert all(federation.charges(name) == [] for name in NAMES)
+
+
+def test_a_site_that_is_not_measured_on_trains_to_the_end(federation, job):
+    shy = replace(POLICY, releases=("centre", "train"))
+    with ExitStack() as stack:
+        sites = {
+            name: stack.enter_context(federation.site(name, policy=shy if name == SITE else POLICY)) for name in NAMES
+        }
+        federation.run(job, InProcessCohort(sites={name: site.answer for name, site in sites.items()}))
+    stages = job.plan.rounds + 2
+    assert federation.release(job).release.contributions == {SITE: stages - 1, NAMES[1]: stages, NAMES[2]: stages}
+    verify_federation(federation.root)
+
+
+def test_without_centre_and_train_a_site_takes_no_part(federation, job):
+    with federation.site(policy=replace(POLICY, releases=("centre", "evaluate"))) as site:
+        code, reason = refusal(federation, site, federation.admission(job))
+    assert (code, "centre and train are needed" in reason) == ("policy", True)
+
+
+@pytest.mark.parametrize("name", ["approvals", "members"])
+def test_a_damaged_file_of_its_own_is_named_to_nobody_else(federation, job, caplog, name):
+    with federation.site(policy=ASKING) as site:
+        site.answer(federation.admission(job))
+        federation.approvals().decide(job, "approved")
+        site.answer(federation.admission(job))
+    folder = federation.folder(SITE)
+    damaged = folder / "members.json" if name == "members" else next((folder / "approvals").glob("*.json"))
+    damaged.write_bytes(b"{")
+    with federation.site(policy=ASKING) as site:
+        code, reason = refusal(federation, site, federation.question(job, ask("centre")))
+    assert (code, str(folder) in reason) == ("ledger", False)
+    assert str(damaged) in caplog.text
+
+
+def test_one_damaged_question_keeps_no_other_job_from_being_asked_about(federation, job):
+    with federation.site(policy=ASKING) as site:
+        site.answer(federation.admission(job))
+        next((federation.folder(SITE) / "approvals").glob("*.json")).write_bytes(b"{")
+        code, reason = refusal(federation, site, federation.admission(federation.job(nonce="1")))
+    assert (code, "waits for this site's operator" in reason) == ("waiting", True)
+
+
+def test_more_photos_than_can_be_added_up_are_refused_before_anything_is_charged(federation, job):
+    with federation.site(photos_per_item=MAX_PHOTOS + 1) as site:
+        code, reason = refusal(federation, site, federation.admission(job))
+    assert (code, f"at most {MAX_PHOTOS} can be added up" in reason) == ("policy", True)
+    with federation.site(photos_per_item=MAX_PHOTOS) as site:
+        views = replace(SPEC, model=replace(SPEC.model, views=("upright", "flip_horizontal")))
+        assert refusal(federation, site, federation.admission(federation.job(views)))[0] == "policy"

@@ -272,4 +272,4 @@ def test_an_installed_command_answers_and_needs_neither_torch_nor_flower():
     assert done.returncode == 0, done.stderr
     assert "Epsilon of one item" in done.stdout
     assert refused.returncode == 1
-    assert refused.stderr == "fedgrade: job job: 0 of 5 sites would take part; aggregation.minimum_sites is 3\n"
+    assert refused.stderr == "fedgrade: aggregation.minimum_sites: 6 exceeds the 5 participants\n"
