@@ -283,6 +283,9 @@ def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
         sealed = kept.read_bytes()
         if hashlib.sha256(sealed[DIGEST_BYTES:]).digest() == sealed[:DIGEST_BYTES]:
             return sealed[DIGEST_BYTES:]
+    if not cache.is_dir() or not os.access(cache, os.W_OK):
+        # Before half a minute is spent on what could not be kept.
+        raise ModelRefused(f"backbone cache {cache}: is no folder that can be written to; choose another")
     exported = export(spec, build_backbone(spec))
     try:
         _write_atomically(kept, hashlib.sha256(exported).digest() + exported)

@@ -60,7 +60,12 @@ def opened(model, *, seed=0):
     return OpenedRelease(release=release, head=head, digest="0" * 64)
 
 
-@pytest.mark.parametrize("model", [ADAPTER, NORMS, NETWORK], ids=lambda model: model.trainable)
+@pytest.mark.parametrize(
+    "model",
+    # A backbone is exported for each of the slow ones; what they share with the others is tested here.
+    [pytest.param(ADAPTER, marks=pytest.mark.slow), pytest.param(NORMS, marks=pytest.mark.slow), NETWORK],
+    ids=lambda model: model.trainable,
+)
 def test_the_onnx_file_of_a_release_agrees_with_it_and_with_no_other(model, tmp_path):
     release, rng = opened(model), np.random.default_rng()
     raw = portable_release(release, cache=tmp_path)

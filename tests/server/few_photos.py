@@ -1,5 +1,6 @@
 """The demo's real photos, a few of each recycler: enough to run everything, too few to measure anything."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,9 @@ POOLING = "model.pooling=[average]"
 
 
 def shared_backbones(factory: pytest.TempPathFactory) -> Path:
-    """A folder that lasts as long as the session, whoever asks."""
-    folder = factory.getbasetemp() / "backbones"
+    """A folder that lasts as long as the session, whoever asks; one for all processes that share the tests."""
+    here = factory.getbasetemp()
+    folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "backbones"
     folder.mkdir(exist_ok=True)
     return folder
 
