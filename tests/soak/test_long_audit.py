@@ -64,7 +64,8 @@ def aggregate_trial(*, distributed):
         spec = replace(
             spec,
             privacy=DistributedSpec(floor_epsilon=3 * EPSILON, **shared),
-            aggregation=replace(spec.aggregation, method="secure_sum"),
+            # All must answer, so that each adds the least: its share of the noise alone.
+            aggregation=replace(spec.aggregation, method="secure_sum", minimum_sites=SITES),
         )
     sites = {site_id(f"audit-{number}"): 1000 for number in range(SITES)}
     return CanaryTrial(job=plan_job(spec, declared_items=sites, nonce="audit"), purpose="train", canaries=CANARIES)
