@@ -29,8 +29,7 @@ from fedgrade.trust.identity import PublicKey, SiteId
 from fedgrade.trust.records import AccountKey, Composition, DatasetOpened, Partition
 
 _PARTITIONS: tuple[Partition, ...] = ("train", "test")
-_DRAWS = 1000
-_FALL_OFF = 4.0  # how much rarer a decision is for each further step from the truth, in a table made up
+_DRAWS, _FALL_OFF = 1000, 4.0  # how much rarer a decision is for each further step from the truth, in a table made up
 _GAUSSIAN_POINTS, _POISSON_POINTS = 60, 8  # of a path; one with Poisson steps takes a second each
 
 
@@ -44,7 +43,7 @@ class Standing:
         lineage: names the data set.
         cohorts: those that would pay, and what the site published of the size of each; none where only the job itself
             says how large the site is.
-        coordinator: who would seal the job; None where nobody is known.
+        coordinator: who would seal the job, where that is known.
     """
 
     policy: Policy | None = None
@@ -369,14 +368,12 @@ def _refusals(
 
 def _reservations(policy: Policy | None) -> tuple[str, ...]:
     """What ``policy`` asks for that is no refusal."""
-    if policy is None:
-        return ()
-    asked = (
-        (policy.approval, "a person must approve the job first (policy.approval)"),
-        (bool(policy.hours), f"answers at {policy.hours} alone, by its own clock (policy.hours)"),
-        ("evaluate" not in policy.releases, "trains, and is not measured on (policy.releases)"),
-    )
-    return tuple(words for applies, words in asked if applies)
+    asked = {} if policy is None else {
+        "a person must approve the job first (policy.approval)": policy.approval,
+        f"answers at {policy.hours} alone, by its own clock (policy.hours)": policy.hours,
+        "trains, and is not measured on (policy.releases)": "evaluate" not in policy.releases,
+    }  # fmt: skip
+    return tuple(words for words, applies in asked.items() if applies)
 
 
 def _require_company(

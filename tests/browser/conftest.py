@@ -1,36 +1,27 @@
-"""Folders to report on, written once a session: verification does not change them."""
+"""Headless Chromium, one for all pages, and folders to make pages of."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 
+from tests.report.folders import federations, troubled_folder
 
-def _helper():
-    name = "federation_folder"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "report" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+__all__ = ["browser", "federations", "troubled_folder"]
 
-
-@pytest.fixture(scope="session")
-def federations():
-    """The module that writes federations."""
-    return _helper()
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def troubled_folder(federations, tmp_path_factory):
-    """Five sites, twenty rounds: one site silent once, one attempt aborted, one reply lost."""
-    folder = tmp_path_factory.mktemp("federation") / "troubled"
-    story = federations.Story(
-        silent=frozenset({("limerick", 7)}),
-        aborted=frozenset({("gdansk", 4)}),
-        repeated=frozenset({("turin", 9)}),
-    )
-    federations.write_federation(folder, story)
-    return folder
+def browser():
+    """A browser as readers have it, without its calls home."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine; install it to look at pages")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as session:
+        running = session.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield running
+        running.close()
