@@ -29,7 +29,7 @@ from fedgrade.trust.identity import PublicKey, SiteId
 from fedgrade.trust.records import AccountKey, Composition, DatasetOpened, Partition
 
 _PARTITIONS: tuple[Partition, ...] = ("train", "test")
-_DRAWS, _FALL_OFF = 1000, 4.0  # how much rarer a decision is for each further step from the truth, in a table made up
+_DRAWS, _FALL_OFF = 1000, 4.0  # of noise; how much rarer a decision of a made-up table is, a step further from truth
 _GAUSSIAN_POINTS, _POISSON_POINTS = 60, 8  # of a path; one with Poisson steps takes a second each
 
 
