@@ -30,7 +30,14 @@ MODELS = [
 POLICY_OF_NETWORKS = replace(POLICY, modes=("local", "local_sgd"), backbones=(MODEL.backbone, NETWORK.backbone))
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.trainable)
+# The adapter takes longest, and shares its path with the head: make soak runs it.
+SLOW = {"adapter": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(model, id=model.trainable, marks=SLOW.get(model.trainable, ())) for model in MODELS],
+)
 def test_a_job_trains_verifies_and_grades(federation, model, tmp_path):
     spec = replace(LOCAL_SGD, model=model, privacy=replace(LOCAL_SGD.privacy, learning_rate=0.01))
     job = federation.job(spec)

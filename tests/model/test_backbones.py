@@ -127,6 +127,7 @@ def test_training_mode_cannot_be_switched_on_and_nothing_is_trainable():
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.slow  # half a minute of exporting
 def test_a_torn_export_is_noticed_and_made_again(cache, onnx_extractor, batch):
     (kept,) = cache.iterdir()
     whole = kept.read_bytes()
