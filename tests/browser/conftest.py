@@ -1,4 +1,4 @@
-"""Headless Chromium, one for all pages, and folders to make pages of."""
+"""Headless Chromium, and folders to make pages of."""
 
 import shutil
 
@@ -14,9 +14,13 @@ FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A browser as readers have it, without its calls home."""
+    """A browser as readers have it, without its calls home.
+
+    Playwright keeps an event loop running in this thread for as long as it lives, in which no other file's tests can
+    start one of their own: so no longer than its module.
+    """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on this machine; install it to look at pages")
