@@ -38,10 +38,12 @@ def main(grid: Grid, context: Context) -> None:
     # Imported here: the loop brings in numerical libraries that a look at this module should not cost.
     from server.coordinate import coordinate  # noqa: PLC0415
     from server.enrolment import enrolled_nodes  # noqa: PLC0415
+    from server.run_now import AwaitedFile  # noqa: PLC0415
 
     try:
         run_directory = _run_directory(context)
-        coordinate(run_directory, GridCohort(grid, enrolled_nodes(run_directory)))
+        watch = AwaitedFile(run_directory / "coordinator").awaits
+        coordinate(run_directory, GridCohort(grid, enrolled_nodes(run_directory), watch=watch))
     except FedgradeError as error:
         logger.error("run failed: %s", error)  # noqa: TRY400 -- the line says it all; Flower adds its own trace
         raise RunFailed(f"{type(error).__name__}: {error}") from None

@@ -1,23 +1,26 @@
 """The run of the job that lies in a coordinator's folder. The same for a deployment, a simulation, a process."""
 
-import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fedgrade.errors import LedgerUnavailable
 from fedgrade.federation.exchange import Cohort
 from fedgrade.federation.membership import with_former
-from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
+from fedgrade.federation.progress import Progress
+from fedgrade.federation.rounds import Coordinator, RoundLog, run_job
 from fedgrade.federation.store import RunStore
 from fedgrade.federation.witness import Witness
 from fedgrade.trust.identity import Roster, SigningKey
 from fedgrade.trust.ledger import Entry, LedgerWriter
+from server import progress_file
 from server.coordinator_folder import CoordinatorFolder
 from server.enrolment import LedgerEntries, read_book
+from server.run_now import RefusalsFile
+from server.run_record import recorded
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +30,14 @@ _LEDGER_TRIES, _LEDGER_RETRY_SECONDS = 120, 0.25
 
 def coordinate(run_directory: Path, cohort: Cohort) -> None:
     """Run the job that lies in ``run_directory`` to its release, from wherever its checkpoint stands."""
-    folder = CoordinatorFolder(root=run_directory)
-
-    def report(progress: Progress) -> None:
-        with folder.progress.open("ab") as file:
-            file.write(json.dumps(asdict(progress)).encode() + b"\n")
-
-    run_folder(folder, cohort, report=report)
+    run_folder(CoordinatorFolder(root=run_directory), cohort, report=lambda _: None)
 
 
 def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[Progress], None]) -> str:
     """Run the job in ``folder`` with ``cohort``; returns the digest of the signed release.
 
-    Between stages, sites that were enrolled or revoked meanwhile are entered into the ledger, which the run holds.
+    Each finished stage is written into the folder, for whoever watches, and then given to ``report``. Between stages,
+    sites that were enrolled or revoked meanwhile are entered into the ledger, which the run holds.
     """
     job, key, entries = folder.read_job(), SigningKey.load(folder.key), LedgerEntries(folder)
     patience = folder.read_patience()
@@ -53,24 +51,27 @@ def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[P
         writers.append(_opened(folder, key, observe=look))
         return writers[0]
 
-    def report_and_enter(progress: Progress) -> None:
-        entries.complete(writers[0], now=datetime.now(UTC))
-        report(progress)
-
-    coordinator = Coordinator(
-        key=key,
-        witness=Witness(folder.witnessed, roster=_known(folder)),
-        clock=lambda: datetime.now(UTC),
-        report=report_and_enter,
-        deadline_seconds=patience.deadline_seconds,
-        admission_seconds=patience.admission_seconds,
-    )
     log = RoundLog.open(open_ledger, now=datetime.now(UTC))
-    try:
+    # From here on the ledger is held, so that nobody else writes into the folder.
+    with closing(log), recorded(folder.job_folder(job), job) as keeper:
+
+        def report_and_enter(progress: Progress) -> None:
+            entries.complete(writers[0], now=datetime.now(UTC))
+            progress_file.append(folder.progress, progress)
+            keeper.stage(progress.stage)
+            report(progress)
+
         entries.complete(writers[0], now=datetime.now(UTC))
+        coordinator = Coordinator(
+            key=key,
+            witness=Witness(folder.witnessed, roster=_known(folder)),
+            clock=lambda: datetime.now(UTC),
+            report=report_and_enter,
+            hear=RefusalsFile(folder.progress.parent).hears,
+            deadline_seconds=patience.deadline_seconds,
+            admission_seconds=patience.admission_seconds,
+        )
         return run_job(job, cohort, coordinator=coordinator, store=RunStore(folder.job_folder(job)), log=log)
-    finally:
-        log.close()
 
 
 def _known(folder: CoordinatorFolder) -> Roster:

@@ -13,10 +13,10 @@ from typing import Literal, Protocol
 from fedgrade.errors import DocumentRefused
 from fedgrade.federation.exchange import Cohort
 from fedgrade.federation.in_process import InProcessCohort
-from fedgrade.federation.rounds import Progress
-from fedgrade.trust.canonical import decode
+from fedgrade.federation.progress import Progress
 from server.coordinate import run_folder
 from server.local_federation import LocalFederation
+from server.progress_file import progress_in
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ def _follow(federation: LocalFederation, watcher: Watcher, stop: threading.Event
             last = stop.is_set()
             for line in iter(file.readline, b""):
                 began = True
-                watcher.watch(decode(Progress, line))
+                if progress := progress_in(line):
+                    watcher.watch(progress)
             if last:
                 return
             if not began:

@@ -3,7 +3,7 @@
 import logging
 import queue
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Final
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -28,12 +28,17 @@ _PUSH_TRIES: Final = 3
 _CLOCK_SLACK_SECONDS: Final = 600.0
 
 
+def _unwatched(_awaited: Collection[SiteId]) -> None:
+    """Where nobody wants to see whom a question waits for."""
+
+
 class GridCohort:
     """The sites of one run, reached through Flower.
 
     Attributes:
         nodes: Flower's node id of each site; asked anew all the time, so that a mapping that changes takes effect at
             once: who is no longer in it is neither asked nor awaited, and what it said meanwhile is dropped.
+        watch: told about once a second, while a question is open, who has not answered it.
     """
 
     def __init__(
@@ -42,8 +47,10 @@ class GridCohort:
         nodes: Mapping[SiteId, int],
         poll_seconds: float = 0.05,
         max_reply_bytes: int = MAX_REPLY_BYTES,
+        watch: Callable[[Collection[SiteId]], None] = _unwatched,
     ) -> None:
         self.nodes = nodes
+        self.watch = watch
         self._grid = grid
         self._poll_seconds = poll_seconds
         self._max_reply_bytes = max_reply_bytes
@@ -100,6 +107,7 @@ class GridCohort:
         announced: set[str] = set()
         replies: dict[SiteId, Reply] = {}
         while (missing := set(awaited.values()) - replies.keys()) and (now := time.monotonic()) < deadline:
+            self.watch(missing)
             if waiting := awaited.keys() - announced:
                 announced |= source.look(waiting, inbox, deadline)
             pause = min(max(self._poll_seconds, _POLL_SHARE * (now - began)), _LONGEST_PAUSE_SECONDS, deadline - now)
@@ -107,6 +115,7 @@ class GridCohort:
                 if site := awaited.get(reply.request):
                     replies[site] = reply
             awaited = self._still_enrolled(awaited)
+        self.watch(set(awaited.values()) - replies.keys())
         for site in awaited.values():
             if site not in replies:
                 logger.warning("site %s: no reply before the deadline", site)

@@ -102,6 +102,7 @@ class Metrics:
         nothing = dict.fromkeys(_PROGRESS, 0)
         try:
             with self._progress.open("rb") as file:
+                file.seek(max(0, self._progress.stat().st_size - _MAX_PROGRESS_BYTES))
                 lines = file.read(_MAX_PROGRESS_BYTES).splitlines()
             last = json.loads(lines[-1]) if lines else {}
         except (OSError, ValueError):  # not there, or caught in the middle of a line

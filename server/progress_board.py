@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedgrade.federation.rounds import Progress as StageProgress
+from fedgrade.federation.progress import Progress as StageProgress
 
 LINE_EVERY_SECONDS = 5.0
 

@@ -75,6 +75,7 @@ class Conversation:
         Raises:
             RoundFailed: fewer than ``aggregation.minimum_sites`` answered with something that verifies.
         """
+        self._exchange.begin_stage()
         if purpose == "evaluate":
             self._exchange.keep(self._evaluating)
         if sums(self._exchange.job):

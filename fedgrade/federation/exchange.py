@@ -20,9 +20,11 @@ from fedgrade.federation.messages import (
     RefusalCode,
     Reply,
     Request,
+    Said,
     read_message,
     write_message,
 )
+from fedgrade.federation.progress import Absence
 from fedgrade.federation.witness import Witness
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import digest
@@ -55,12 +57,27 @@ class Received:
     tensors: bytes
 
 
+Hear = Callable[[SiteId, str], None]
+
+
+def unheard(_site: SiteId, _words: str) -> None:
+    """Where nobody wants to hear of refusals."""
+
+
 class Exchange:
     """Who of a job's participants takes part, and what they say."""
 
     def __init__(
-        self, job: TrainingJob, cohort: Cohort, key: SigningKey, witness: Witness, deadline_seconds: float
+        self,
+        job: TrainingJob,
+        cohort: Cohort,
+        key: SigningKey,
+        witness: Witness,
+        deadline_seconds: float,
+        *,
+        hear: Hear = unheard,
     ) -> None:
+        """Nothing is asked yet; ``hear`` is told in words whenever a site refuses, or is put out."""
         self.job = job
         self.witness = witness
         self.deadline_seconds = deadline_seconds
@@ -71,6 +88,18 @@ class Exchange:
         self._out: dict[SiteId, str] = {}
         self.unable: dict[SiteId, str] = {}
         self.waiting: set[SiteId] = set()
+        self._hear = hear
+        # In the stage that is on.
+        self._asked: set[SiteId] = set()
+        self._refusing: set[SiteId] = set()
+
+    def begin_stage(self) -> None:
+        """Another stage begins: what was asked and refused before is not of it."""
+        self._asked, self._refusing = set(), set()
+
+    def absences(self, answered: Collection[SiteId]) -> dict[SiteId, Absence]:
+        """Why each participant that is not among ``answered`` is missing from the stage that is on."""
+        return {site: self._absence(site) for site in self.job.participants if site not in answered}
 
     def remember(self, stood: Mapping[SiteId, LedgerState]) -> None:
         """Take note where the ledgers of sites stood after what they answered in this job before."""
@@ -86,6 +115,7 @@ class Exchange:
     ) -> dict[SiteId, Opened[Reply]]:
         """Verified replies to ``bodies``; a refusal puts its site out of the job, unless its code is ``passing``."""
         requests = {site: self._request(site, body, tensors) for site, body in bodies.items()}
+        self._asked.update(requests)
         replies: dict[SiteId, Opened[Reply]] = {}
         deadline = self.deadline_seconds if deadline_seconds is None else deadline_seconds
         for site, raw in self._cohort.ask(requests, deadline_seconds=deadline).items():
@@ -98,17 +128,18 @@ class Exchange:
                 continue
             body = reply.document.body
             self.waiting.discard(site)
+            self._note(site, body)
             if isinstance(body, Refusal) and body.code in _NOT_NOW:
                 if body.code == "waiting":
                     self.waiting.add(site)
                 # Nobody's decision about the job, such as a full disk: nothing was released, and asking later may help.
                 logger.warning("site %s: not now (%s), counted as silent: %s", site, body.code, body.reason)
-                self.unable[site] = f"refused ({body.code}): {body.reason}"
+                self.unable[site] = _words(body)
                 continue
             replies[site] = reply
             self.unable.pop(site, None)
             if isinstance(body, Refusal) and body.code not in passing:
-                self.put_out(site, f"refused ({body.code}): {body.reason}")
+                self.put_out(site, _words(body))
         return replies
 
     def received(
@@ -139,6 +170,7 @@ class Exchange:
     def put_out(self, site: SiteId, why: str) -> None:
         """Ask ``site`` nothing more in this job."""
         logger.warning("site %s %s", site, why)
+        self._hear(site, why)
         self._out[site] = why
         self.active = tuple(active for active in self.active if active != site)
 
@@ -164,9 +196,29 @@ class Exchange:
                 + (named or "the others stayed silent")
             )
 
+    def _absence(self, site: SiteId) -> Absence:
+        if site in self._refusing:
+            return "refused"
+        if site not in self.active:
+            return "out"
+        return "silent" if site in self._asked else "resting"
+
+    def _note(self, site: SiteId, body: Said) -> None:
+        """Take note of a refusal, for whoever watches."""
+        if not isinstance(body, Refusal):
+            self._refusing.discard(site)
+            return
+        self._refusing.add(site)
+        if body.code not in PASSING:
+            self._hear(site, _words(body))
+
     def _request(self, site: SiteId, body: Asked, tensors: bytes) -> bytes:
         request = Request(site=site, job=self.job.digest, body=body, tensors_digest=digest(tensors))
         return write_message(request, tensors=tensors, key=self._key)
+
+
+def _words(refusal: Refusal) -> str:
+    return f"refused ({refusal.code}): {refusal.reason}"
 
 
 def _require_receipt(entry: Entry, body: Contribution, *, job: str, attempt: int, tensors: bytes) -> None:

@@ -22,15 +22,17 @@ from fedgrade.aggregation.mean import (
 from fedgrade.errors import LedgerBroken
 from fedgrade.evaluation import ConfusionCounts, metrics
 from fedgrade.federation.conversation import Conversation
-from fedgrade.federation.exchange import Cohort, Exchange
+from fedgrade.federation.exchange import Cohort, Exchange, Hear, unheard
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.payloads import Head, write_head
+from fedgrade.federation.progress import Progress
 from fedgrade.federation.release import ModelRelease, publish
 from fedgrade.federation.store import RunState, RunStore
 from fedgrade.federation.witness import Witness
 from fedgrade.job import TrainingJob
 from fedgrade.privacy.grid import from_grid
 from fedgrade.trust.canonical import digest
+from fedgrade.trust.enrolment import utc_text
 from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.ledger import Entry, LedgerWriter
 from fedgrade.trust.records import COORDINATOR, DiscreteGaussian, LedgerState, Purpose, Released, RoundClosed
@@ -47,22 +49,12 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What an operator watches: all of it public."""
-
-    stage: int
-    stages: int
-    purpose: Purpose
-    answered: int
-    participants: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Coordinator:
-    """The coordinator's identity, what it saw of others' ledgers, its clock and its way to report.
+    """The coordinator's identity, what it saw of others' ledgers, its clock and its ways to report.
 
-    ``deadline_seconds`` bounds the wait for one stage, ``admission_seconds`` that for sites which wait for a person, or
-    for their own hours, before they take part.
+    ``report`` is given each finished stage, ``hear`` what a site refuses with. ``deadline_seconds`` bounds the wait for
+    one stage, ``admission_seconds`` that for sites which wait for a person, or for their own hours, before they take
+    part.
     """
 
     key: SigningKey
@@ -71,6 +63,7 @@ class Coordinator:
     report: Callable[[Progress], None]
     deadline_seconds: float
     admission_seconds: float = 0.0
+    hear: Hear = unheard
 
 
 def stages_of(job: TrainingJob) -> tuple[Stage, ...]:
@@ -89,7 +82,9 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     Raises:
         RoundFailed: fewer sites than ``aggregation.minimum_sites`` answered; the checkpoint before it stands.
     """
-    exchange = Exchange(job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds)
+    exchange = Exchange(
+        job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds, hear=coordinator.hear
+    )
     state, stages = store.load(job) or _start(job), stages_of(job)
     if state.closing is not None:
         # A crash between checkpoint and ledger; nobody needs to be asked again.
@@ -107,7 +102,8 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
         if stage.purpose == "evaluate":
             store.keep_evaluation(gathered.tensors, gathered.evidence)
         store.save(state, job)
-        log.close_round(closing, now=coordinator.clock())
+        now = coordinator.clock()
+        log.close_round(closing, now=now)
         coordinator.report(
             Progress(
                 stage=index + 1,
@@ -115,6 +111,8 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
                 purpose=stage.purpose,
                 answered=len(gathered.sites),
                 participants=len(job.participants),
+                finished=utc_text(now),
+                absent=exchange.absences(gathered.sites),
             )
         )
     return _publish(job, state, coordinator=coordinator, store=store, log=log)
