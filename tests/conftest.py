@@ -1,5 +1,6 @@
 """What every test shares: frozen vectors, rewritten only with ``--update-vectors``, and Hypothesis without a clock."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ VECTORS = Path(__file__).parent / "vectors"
 # Machines differ in speed; a law does not.
 settings.register_profile("fedgrade", deadline=None)
 settings.load_profile("fedgrade")
+
+
+def pytest_configure(config):
+    del config
+    # A shell that starts the tests in the background lets them ignore Ctrl-C, and so every process that they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
