@@ -49,6 +49,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from clients.request_signature import RequestSigner
 from clients.wire import MESSAGE_TYPE, RECORD, unwrap, wrap
 from fedgrade.errors import FedgradeError, MessageRefused
 
@@ -57,6 +58,15 @@ _OVERHEAD_BYTES: Final = 64 * 1024
 _NESTING: Final = 2  # message, dictionary, record
 _PULL_SECONDS: Final = 120.0
 _MAX_REASON_CHARACTERS: Final = 300
+_LATER: Final = frozenset(
+    {
+        httpx.codes.REQUEST_TIMEOUT,
+        httpx.codes.TOO_MANY_REQUESTS,
+        httpx.codes.BAD_GATEWAY,
+        httpx.codes.SERVICE_UNAVAILABLE,
+        httpx.codes.GATEWAY_TIMEOUT,
+    }
+)
 
 Result = TypeVar("Result")
 
@@ -113,7 +123,9 @@ class FleetConnection:
                 root_certificates=access.root_certificate,
                 interceptors=[
                     RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    # Says who asks; Flower checks that the node which a request names is this key's.
                     NodeAuthHttpInterceptor(access.key, access.key.public_key()),
+                    RequestSigner(access.key),
                 ],
             )
         except (ValueError, OSError) as error:  # ssl.SSLError is an OSError
@@ -271,10 +283,9 @@ class FleetConnection:
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             text = f"SuperLink {self._access.address}: HTTP {status} for {error.request.url.path}"
-            if status in {httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT}:
-                raise LinkDown(text) from error
             said = FlowerError.from_json(error.response.text)
-            raise LinkRefused(f"{text}{_hint(status)}{f' ({said.message[:200]})' if said else ''}") from error
+            text += f" ({_plain(said.message)})" if said else _hint(status)
+            raise (LinkDown if status in _LATER else LinkRefused)(text) from error
         except httpx.TransportError as error:
             if "certificate" in str(error).lower():
                 raise LinkRefused(
@@ -321,6 +332,11 @@ def _inflate(name: str, content: bytes) -> ConfigRecord:
     if not isinstance(record, ConfigRecord):
         raise MessageRefused(f"record {name[:16]}: its bytes do not hash to its name")
     return record
+
+
+def _plain(text: str) -> str:
+    """What a SuperLink says, fit for this site's log and terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text[:_MAX_REASON_CHARACTERS])
 
 
 def _hint(status: int) -> str:

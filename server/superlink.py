@@ -21,6 +21,7 @@ from typing import Final
 import uvicorn
 from fastapi import FastAPI
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+from flwr.supercore.constant import NodeStatus
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
 from flwr.superlink.main import create_app
@@ -34,8 +35,10 @@ from flwr.superlink.routers.fleet.middlewares import FleetEventLogMiddleware
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 
 from server.certificates import ServerCertificates
+from server.enrolled_keys import EnrolledKeys
 from server.metrics import Application, Metrics, Receive, Scope, Send
 from server.private_files import read_private
+from server.signed_requests import MAX_REQUEST_BYTES, SignedRequests
 
 # Nothing leaves the machine unless its operator asks: no telemetry, no update check, no package index.
 QUIET: Final = {
@@ -46,7 +49,6 @@ QUIET: Final = {
 PUBLIC_PATHS: Final = ("/health", "/v1/fleet/")
 # These authenticate themselves: node signatures are not needed here, superexec secret and task tokens are.
 ADMIN_PATHS_WITHOUT_TOKEN: Final = ("/health", "/v1/runtime/")
-MAX_REQUEST_BYTES: Final = 264 * 1024 * 1024  # one object of clients.wire.MAX_MESSAGE_BYTES and its frame
 _SHUTDOWN_SECONDS: Final = 2
 # More than half of a small request's time went through layers that look at its path and pass it on. Each of these
 # acts on the other API's paths only, or on plugins that do not exist here.
@@ -131,6 +133,7 @@ def run(settings: SuperLinkSettings) -> None:
         chosen = runs if scope["type"] == "http" and scope["path"].startswith("/v1/runtime/") else everything
         await chosen(scope, receive, send)
 
+    nodes = SignedRequests(_without(application, _IDLE_FOR_NODES), EnrolledKeys(lambda: _enrolled(application)))
     metrics = Metrics(settings.progress)
     admin = _listener(
         settings,
@@ -140,7 +143,7 @@ def run(settings: SuperLinkSettings) -> None:
     )
     public = _listener(
         settings,
-        metrics.counted(public_door(_without(application, _IDLE_FOR_NODES)), listener="public"),
+        metrics.counted(public_door(nodes), listener="public"),
         host=settings.public_host,
         port=settings.public_port,
         # One lifespan owns the state that both listeners share.
@@ -215,6 +218,12 @@ def _lifespan_config(settings: SuperLinkSettings) -> SuperLinkLifespanConfig:
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )
+
+
+def _enrolled(application: FastAPI) -> tuple[bytes, ...]:
+    """PEM of every node key that Flower takes now."""
+    nodes = application.state.linkstate_factory.state().get_node_info()
+    return tuple(node.public_key for node in nodes if node.status != NodeStatus.UNREGISTERED)
 
 
 def _without(application: FastAPI, layers: Sequence[type]) -> FastAPI:
