@@ -12,13 +12,14 @@ from fedgrade.federation.exchange import Cohort
 from fedgrade.federation.membership import with_former
 from fedgrade.federation.progress import Progress
 from fedgrade.federation.rounds import Coordinator, RoundLog, run_job
-from fedgrade.federation.store import RunStore
+from fedgrade.federation.store import Below, Documents, RunStore
 from fedgrade.federation.witness import Witness
 from fedgrade.trust.identity import Roster, SigningKey
 from fedgrade.trust.ledger import Entry, LedgerWriter
 from server import progress_file
-from server.coordinator_folder import CoordinatorFolder
+from server.coordinator_folder import WITNESSED, CoordinatorFolder
 from server.enrolment import LedgerEntries, read_book
+from server.mirror import EVERYTHING
 from server.run_now import RefusalsFile
 from server.run_record import recorded
 
@@ -39,6 +40,11 @@ def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[P
     Each finished stage is written into the folder, for whoever watches, and then given to ``report``. Between stages,
     sites that were enrolled or revoked meanwhile are entered into the ledger, which the run holds.
     """
+    with folder.kept(copies=EVERYTHING) as kept:
+        return _run_kept(folder, kept, cohort, report=report)
+
+
+def _run_kept(folder: CoordinatorFolder, kept: Documents, cohort: Cohort, *, report: Callable[[Progress], None]) -> str:
     job, key, entries = folder.read_job(), SigningKey.load(folder.key), LedgerEntries(folder)
     patience = folder.read_patience()
     writers: list[LedgerWriter] = []
@@ -64,14 +70,15 @@ def run_folder(folder: CoordinatorFolder, cohort: Cohort, *, report: Callable[[P
         entries.complete(writers[0], now=datetime.now(UTC))
         coordinator = Coordinator(
             key=key,
-            witness=Witness(folder.witnessed, roster=_known(folder)),
+            witness=Witness(Below(documents=kept, folder=WITNESSED), roster=_known(folder)),
             clock=lambda: datetime.now(UTC),
             report=report_and_enter,
             hear=RefusalsFile(folder.progress.parent).hears,
             deadline_seconds=patience.deadline_seconds,
             admission_seconds=patience.admission_seconds,
         )
-        return run_job(job, cohort, coordinator=coordinator, store=RunStore(folder.job_folder(job)), log=log)
+        store = RunStore(Below(documents=kept, folder=folder.job_name(job)))
+        return run_job(job, cohort, coordinator=coordinator, store=store, log=log)
 
 
 def _known(folder: CoordinatorFolder) -> Roster:

@@ -6,15 +6,24 @@ checkpoint, receipts and release.
 """
 
 import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fedgrade.errors import JobRefused
-from fedgrade.federation.store import write_durably
+from fedgrade.federation.store import Documents, Folder
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import decode, encode
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
+from server.coordinator_file import FILES, NAME, read_settings
+
+BOOK: Final = "coordinator/enrolment.json"
+WITNESSED: Final = "coordinator/witnessed"
+_JOB: Final = "coordinator/job.json"
+_PATIENCE: Final = "coordinator/patience.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ class CoordinatorFolder:
     @property
     def book(self) -> Path:
         """Who was enrolled and revoked; a federation on one machine has none."""
-        return self.root / "coordinator" / "enrolment.json"
+        return self.root / BOOK
 
     @property
     def key(self) -> Path:
@@ -64,14 +73,9 @@ class CoordinatorFolder:
         return self.root / "coordinator" / "ledger.jsonl"
 
     @property
-    def witnessed(self) -> Path:
-        """The newest head of each site's ledger that the coordinator has seen."""
-        return self.root / "coordinator" / "witnessed"
-
-    @property
     def current_job(self) -> Path:
         """The sealed job that is on, or was last."""
-        return self.root / "coordinator" / "job.json"
+        return self.root / _JOB
 
     @property
     def progress(self) -> Path:
@@ -81,11 +85,40 @@ class CoordinatorFolder:
     @property
     def patience(self) -> Path:
         """How long the run that is on waits."""
-        return self.root / "coordinator" / "patience.json"
+        return self.root / _PATIENCE
 
     def job_folder(self, job: TrainingJob) -> Path:
         """Checkpoint, receipts and release of ``job``."""
-        return self.root / "jobs" / job.digest[:16]
+        return self.root / self.job_name(job)
+
+    def job_name(self, job: TrainingJob) -> str:
+        """Below which name they are kept."""
+        return f"jobs/{job.digest[:16]}"
+
+    @contextmanager
+    def kept(self, *, copies: Collection[str] = ("coordinator",)) -> Iterator[Documents]:
+        """Where everything is kept that must outlive this machine: this folder, or the database that its settings name.
+
+        Of what a database keeps, the folder has copies for whoever reads files: all but checkpoints. Write through
+        this, and read the copies.
+
+        Args:
+            copies: below which names to bring the copies up to date first.
+
+        Raises:
+            DatabaseUnavailable: it cannot be used now, or another machine uses it.
+        """
+        settings = read_settings(self.root) if (self.root / NAME).exists() else None
+        if settings is None or settings.database == FILES:
+            yield Folder(self.root)
+            return
+        # Imported here: its driver is an extra that few need.
+        from server.database import opened_mirror  # noqa: PLC0415
+
+        federation = SigningKey.load(self.key).public
+        with opened_mirror(settings.database, root=self.root, federation=federation) as mirror:
+            mirror.bring_up_to_date(copies)
+            yield mirror
 
     def read_roster(self) -> Roster:
         """The roster.
@@ -97,8 +130,8 @@ class CoordinatorFolder:
 
     def put_job(self, job: TrainingJob, patience: Patience = Patience()) -> None:
         """Seal ``job`` and make it the one that is on, with so much ``patience``."""
-        self.put_patience(patience)
-        write_durably(self.current_job, seal(job, SigningKey.load(self.key)))
+        with self.kept() as kept:
+            kept.write({_PATIENCE: encode(patience), _JOB: seal(job, SigningKey.load(self.key))})
         self.progress.write_bytes(b"")
 
     def read_job(self) -> TrainingJob:
@@ -115,7 +148,8 @@ class CoordinatorFolder:
 
     def put_patience(self, patience: Patience) -> None:
         """Let the next process that runs the job have this ``patience``."""
-        write_durably(self.patience, encode(patience))
+        with self.kept() as kept:
+            kept.write({_PATIENCE: encode(patience)})
 
     def read_patience(self) -> Patience:
         """How long the run that is on waits.

@@ -5,7 +5,7 @@ list of nodes follow from it, and are brought up to date by whoever comes next a
 """
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from fedgrade.errors import DocumentRefused, LedgerUnavailable
-from fedgrade.federation.store import write_durably
+from fedgrade.federation.store import Documents, write_durably
 from fedgrade.trust.canonical import decode, encode
 from fedgrade.trust.enrolment import (
     EnrolmentRefused,
@@ -32,7 +32,8 @@ from fedgrade.trust.ledger import Entry, LedgerWriter
 from fedgrade.trust.records import COORDINATOR, UTC_TIME, Enrolled, Revoked
 from server.certificates import certify
 from server.coordinator_file import NAME, CoordinatorSettings, read_settings, settings_yaml
-from server.coordinator_folder import CoordinatorFolder
+from server.coordinator_folder import BOOK, CoordinatorFolder
+from server.mirror import EVERYTHING
 from server.nodes_file import EnrolledNodes
 
 MAX_BOOK_BYTES: Final = 16 * 2**20
@@ -132,7 +133,7 @@ def enrol(
     """
     request = read_request(raw)
     approve(request)
-    with _locked(folder):
+    with _locked(folder) as kept:
         book = read_book(folder)
         granted = book.last(request.site).requested if request.site in book.membership.current else ""
         if request.made <= granted:
@@ -141,7 +142,7 @@ def enrol(
                 "for a new one (`fedgrade site request`)"
             )
         event = Event(time=utc_text(now), requested=request.made, body=request.record)
-        _append(folder, book, event, now=now)
+        _append(folder, kept, replace(book, events=(*book.events, event)), now=now)
     return request
 
 
@@ -152,13 +153,13 @@ def revoke(folder: CoordinatorFolder, site: SiteId, *, reason: str, now: datetim
         EnrolmentRefused: it is not on it.
         DocumentRefused: the reason is none.
     """
-    with _locked(folder):
+    with _locked(folder) as kept:
         book = read_book(folder)
         standing = book.membership.current.get(site)
         if standing is None:
             raise EnrolmentRefused(f"site {site}: is not on the roster of {folder.root}")
         event = Event(time=utc_text(now), requested="", body=Revoked(site=site, key=standing.key, reason=reason))
-        _append(folder, book, event, now=now)
+        _append(folder, kept, replace(book, events=(*book.events, event)), now=now)
 
 
 def bring_up_to_date(folder: CoordinatorFolder, *, now: datetime) -> None:
@@ -166,8 +167,8 @@ def bring_up_to_date(folder: CoordinatorFolder, *, now: datetime) -> None:
 
     While a run holds the ledger, the run writes the entries, at the end of its stage.
     """
-    with _locked(folder):
-        _publish(folder, read_book(folder), now=now)
+    with _locked(folder, copies=EVERYTHING) as kept:
+        _publish(folder, kept, read_book(folder), now=now)
 
 
 def enrolled_nodes(root: Path) -> EnrolledNodes:
@@ -226,16 +227,15 @@ class LedgerEntries:
             self._standing.append(body)
 
 
-def _append(folder: CoordinatorFolder, book: Book, event: Event, *, now: datetime) -> None:
-    book = replace(book, events=(*book.events, event))
-    write_durably(folder.book, encode(book))
-    _publish(folder, book, now=now)
+def _append(folder: CoordinatorFolder, kept: Documents, book: Book, *, now: datetime) -> None:
+    kept.write({BOOK: encode(book)})
+    _publish(folder, kept, book, now=now)
 
 
-def _publish(folder: CoordinatorFolder, book: Book, *, now: datetime) -> None:
+def _publish(folder: CoordinatorFolder, kept: Documents, book: Book, *, now: datetime) -> None:
     key, settings = SigningKey.load(folder.key), read_settings(folder.root)
     roster = Roster(coordinator=key.public, sites=book.membership.keys)
-    if folder.read_roster() != roster:
+    if not folder.roster.exists() or folder.read_roster() != roster:
         write_durably(folder.roster, encode(roster))
     authority = certify(folder.root / "superlink", [settings.host], now=now).authority.read_text()
     bundle = JoinBundle(
@@ -243,7 +243,7 @@ def _publish(folder: CoordinatorFolder, book: Book, *, now: datetime) -> None:
     )
     if not _issued(folder, bundle):
         # The number first: one that was given out is never given out again.
-        write_durably(folder.book, encode(replace(book, sequence=bundle.sequence)))
+        kept.write({BOOK: encode(replace(book, sequence=bundle.sequence))})
         write_durably(folder.bundle, write_bundle(bundle, key))
     _record(folder, key, now=now)
 
@@ -269,10 +269,13 @@ def _record(folder: CoordinatorFolder, key: SigningKey, *, now: datetime) -> Non
 
 
 @contextmanager
-def _locked(folder: CoordinatorFolder) -> Iterator[None]:
-    """One at a time: two commands that read the same book would each write their own."""
-    if not folder.book.exists():
+def _locked(folder: CoordinatorFolder, *, copies: Collection[str] = ("coordinator",)) -> Iterator[Documents]:
+    """Where the book is kept; one at a time, for two commands that read the same book would each write their own."""
+    if not folder.key.exists():
         read_book(folder)
     with (folder.book.with_suffix(".lock")).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        with folder.kept(copies=copies) as kept:
+            if not folder.book.exists():
+                read_book(folder)
+            yield kept

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedgrade.errors import DocumentRefused, ModelRefused, SignatureRefused
 from fedgrade.evaluation import ConfusionCounts, GradingMetrics
 from fedgrade.federation.payloads import Head, read_head, write_head
-from fedgrade.federation.store import write_durably
+from fedgrade.federation.store import Documents
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed, seal
@@ -44,15 +44,13 @@ class OpenedRelease:
     digest: str
 
 
-def publish(release: ModelRelease, head: Head, *, folder: Path, key: SigningKey) -> str:
-    """Write ``release`` and its weights into ``folder``; returns the digest of the signed document."""
+def publish(release: ModelRelease, head: Head, *, to: Documents, key: SigningKey) -> str:
+    """Write ``release`` and its weights ``to`` a place; returns the digest of the signed document."""
     weights = write_head(head)
     if digest(weights) != release.weights_digest:
         raise ModelRefused("release: the weights are not those that the document names")
-    folder.mkdir(parents=True, exist_ok=True)
     document = seal(release, key)
-    write_durably(folder / WEIGHTS, weights)
-    write_durably(folder / DOCUMENT, document)
+    to.write({WEIGHTS: weights, DOCUMENT: document})
     return digest(document)
 
 

@@ -98,10 +98,11 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
         after = _advance(job, state, stage, gathered)
         closing = _closing(job, stage, gathered, before=head, after=_current_head(job, after))
         state = replace(after, closing=closing)
-        store.keep_receipts(index, gathered.receipts)
-        if stage.purpose == "evaluate":
-            store.keep_evaluation(gathered.tensors, gathered.evidence)
-        store.save(state, job)
+        with store.at_once():
+            store.keep_receipts(index, gathered.receipts)
+            if stage.purpose == "evaluate":
+                store.keep_evaluation(gathered.tensors, gathered.evidence)
+            store.save(state, job)
         now = coordinator.clock()
         log.close_round(closing, now=now)
         coordinator.report(
@@ -268,7 +269,7 @@ def _publish(job: TrainingJob, state: RunState, *, coordinator: Coordinator, sto
         contributions=state.contributions,
         published=now.isoformat(timespec="seconds"),
     )
-    published = publish(release, head, folder=store.release_folder, key=coordinator.key)
+    published = publish(release, head, to=store.release, key=coordinator.key)
     log.release(job, published, now=now)
     logger.info("job %s: released", job.spec.name)
     return published

@@ -1,11 +1,15 @@
-"""What a coordinator keeps of one run on disk: a checkpoint after every stage, receipts, and what was measured.
+"""What a coordinator keeps of its runs: a checkpoint after every stage, receipts, what was measured, the release.
 
-A crash loses at most the stage that was open; asking for it again costs sites nothing, because they resend.
+A crash loses at most the stage that was open; asking for it again costs sites nothing, because they resend. Where it is
+kept is given in: :class:`Folder` is a folder on disk, server/database.py a database.
 """
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +24,109 @@ from fedgrade.model.weights import read_weights, write_weights
 from fedgrade.trust.canonical import decode, digest, encode
 from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import Purpose, RoundClosed
+
+MAX_KEPT_BYTES: Final = 2**30
+
+_LATEST, _SUM, _EVIDENCE = "checkpoint/latest.json", "checkpoint/sum.json", "evaluation/sum.json"
+_ARRAYS, _PART = ".safetensors", ".part"
+
+
+class Documents(Protocol):
+    """Bytes under names, kept so that a power cut leaves each as it was before or after a change, whole.
+
+    Names are relative paths, ``/`` between their parts. Each name holds at most ``MAX_KEPT_BYTES``.
+    """
+
+    def read(self, name: str, *, limit: int = MAX_KEPT_BYTES) -> bytes | None:
+        """What ``name`` holds; nothing if it holds nothing.
+
+        Raises:
+            DocumentRefused: it cannot be read, is over ``limit`` bytes, or is not what was written.
+        """
+
+    def names(self, folder: str) -> tuple[str, ...]:
+        """Every name below ``folder``, or every one if that is empty; in order."""
+
+    def write(self, changes: Mapping[str, bytes | None]) -> None:
+        """Let each name hold its bytes, or nothing where it has None.
+
+        A database does all of it or nothing. Files are changed one after the other, in the order of ``changes``: a
+        crash leaves the first few changed, so what refers to others comes after them.
+        """
+
+    def where(self, name: str) -> str:
+        """Where ``name`` is kept, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Below:
+    """Those of ``documents`` that are below ``folder``, under the rest of their names."""
+
+    documents: Documents
+    folder: str
+
+    def read(self, name: str, *, limit: int = MAX_KEPT_BYTES) -> bytes | None:
+        """What ``name`` holds."""
+        return self.documents.read(f"{self.folder}/{name}", limit=limit)
+
+    def names(self, folder: str) -> tuple[str, ...]:
+        """Every name below ``folder``."""
+        found = self.documents.names(f"{self.folder}/{folder}" if folder else self.folder)
+        return tuple(name.removeprefix(f"{self.folder}/") for name in found)
+
+    def write(self, changes: Mapping[str, bytes | None]) -> None:
+        """Let each name hold its bytes, or nothing."""
+        self.documents.write({f"{self.folder}/{name}": content for name, content in changes.items()})
+
+    def where(self, name: str) -> str:
+        """Where ``name`` is kept."""
+        return self.documents.where(f"{self.folder}/{name}")
+
+
+class Folder:
+    """Documents as files below a folder, one a name."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def read(self, name: str, *, limit: int = MAX_KEPT_BYTES) -> bytes | None:
+        """What ``name`` holds.
+
+        Raises:
+            DocumentRefused: the file cannot be read, or is over ``limit`` bytes.
+        """
+        path = self._root / name
+        try:
+            with path.open("rb") as file:
+                raw = file.read(limit + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DocumentRefused(f"{path}: cannot be read ({error.strerror})") from error
+        if len(raw) > limit:
+            raise DocumentRefused(f"{path}: over {limit} bytes")
+        return raw
+
+    def names(self, folder: str) -> tuple[str, ...]:
+        """Every file below ``folder``."""
+        paths = (self._root / folder).rglob("*")
+        # What a write that was interrupted left behind was never a document.
+        files = (path for path in paths if path.suffix != _PART and path.is_file())
+        return tuple(sorted(path.relative_to(self._root).as_posix() for path in files))
+
+    def write(self, changes: Mapping[str, bytes | None]) -> None:
+        """Change one file after the other, each durably."""
+        for name, content in changes.items():
+            path = self._root / name
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(path, content)
+
+    def where(self, name: str) -> str:
+        """The path of the file."""
+        return str(self._root / name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +164,26 @@ class _Checkpoint:
 
 
 class RunStore:
-    """One run's folder on the coordinator's disk."""
+    """What a coordinator keeps of one run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._checkpoints = folder / "checkpoint"
-        self._receipts = folder / "receipts"
-        self._sum = self._checkpoints / "sum.json"
-        for path in (self._checkpoints, self._receipts):
-            path.mkdir(parents=True, exist_ok=True)
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+        self._pending: dict[str, bytes | None] | None = None
 
     @property
-    def release_folder(self) -> Path:
+    def release(self) -> Documents:
         """Where the signed model goes."""
-        return self.folder / "release"
+        return Below(documents=self._documents, folder="release")
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is stored in this block is written at its end, in one go; of a block that is left early, nothing."""
+        self._pending = {}
+        try:
+            yield
+            self._documents.write(self._pending)
+        finally:
+            self._pending = None
 
     def save(self, state: RunState, job: TrainingJob) -> None:
         """Make ``state`` the one that a restart resumes from, whole or not at all."""
@@ -92,12 +205,9 @@ class RunStore:
             closing=state.closing,
             tensors=digest(tensors),
         )
-        path = self._checkpoints / f"{checkpoint.tensors}.safetensors"
-        write_durably(path, tensors)
-        write_durably(self._checkpoints / "latest.json", encode(checkpoint))
-        for stale in self._checkpoints.glob("*.safetensors"):
-            if stale != path:
-                stale.unlink()
+        name = _arrays(checkpoint)
+        stale = [other for other in self._documents.names("checkpoint") if other.endswith(_ARRAYS) and other != name]
+        self._write({name: tensors, _LATEST: encode(checkpoint), **dict.fromkeys(stale)})
 
     def load(self, job: TrainingJob) -> RunState | None:
         """The state to resume ``job`` from; nothing if it never got through a stage.
@@ -105,21 +215,20 @@ class RunStore:
         Raises:
             DocumentRefused, ModelRefused: the checkpoint is another job's, or damaged.
         """
-        latest = self._checkpoints / "latest.json"
-        if not latest.exists():
+        latest, raw = self._documents.where(_LATEST), self._documents.read(_LATEST)
+        if raw is None:
             return None
-        checkpoint = decode(_Checkpoint, latest.read_bytes(), what=f"checkpoint {latest}")
+        checkpoint = decode(_Checkpoint, raw, what=f"checkpoint {latest}")
         if checkpoint.job != job.digest:
             raise DocumentRefused(f"checkpoint {latest}: belongs to job {checkpoint.job[:16]}; give this job its own")
-        try:
-            raw = (self._checkpoints / f"{checkpoint.tensors}.safetensors").read_bytes()
-        except OSError as error:
-            raise ModelRefused(f"checkpoint {latest}: its arrays cannot be read ({error.strerror})") from error
-        if digest(raw) != checkpoint.tensors:
-            raise ModelRefused(f"checkpoint {latest}: its arrays have changed on disk")
+        tensors = self._documents.read(_arrays(checkpoint))
+        if tensors is None:
+            raise ModelRefused(f"checkpoint {latest}: its arrays are gone")
+        if digest(tensors) != checkpoint.tensors:
+            raise ModelRefused(f"checkpoint {latest}: its arrays have changed since they were written")
         expected = dict.fromkeys(("weights", "velocity", "average"), ((job.parameters,), "float64"))
         centre = ((job.spec.model.feature_dimensions,), "float64")
-        arrays = read_weights(raw, expected={**expected, "centre": centre})
+        arrays = read_weights(tensors, expected={**expected, "centre": centre})
         server = ServerState(
             weights=arrays["weights"],
             velocity=arrays["velocity"],
@@ -137,58 +246,60 @@ class RunStore:
 
     def keep_sum(self, begun: BegunSum) -> None:
         """Store the attempt that sites are about to charge for; it takes the place of the one before."""
-        write_durably(self._sum, encode(begun))
+        self._write({_SUM: encode(begun)})
 
     def begun_sum(self, job: TrainingJob, *, purpose: Purpose, round_index: int) -> BegunSum | None:
         """The attempt that was begun at this place of ``job``, if any was.
 
         Raises:
-            DocumentRefused: the file is damaged.
+            DocumentRefused: it is damaged.
         """
-        if not self._sum.exists():
+        raw = self._documents.read(_SUM)
+        if raw is None:
             return None
-        begun = decode(BegunSum, self._sum.read_bytes(), what=f"attempt {self._sum}")
+        begun = decode(BegunSum, raw, what=f"attempt {self._documents.where(_SUM)}")
         task = begun.terms.task
         return begun if (task.job, task.purpose, task.round_index) == (job.digest, purpose, round_index) else None
 
     def keep_receipts(self, stage: int, receipts: dict[SiteId, bytes]) -> None:
-        """Store the receipts of one stage, one file a stage and site; the same stage again overwrites itself."""
-        name = f"{stage:05d}.json"
-        for stale in self._receipts.glob(f"*/{name}"):
-            # A site that answered before a crash and not after it is not counted.
-            if stale.parent.name not in receipts:
-                stale.unlink()
-        for site, line in receipts.items():
-            folder = self._receipts / site
-            folder.mkdir(exist_ok=True)
-            write_durably(folder / name, line)
+        """Store the receipts of one stage, one a stage and site; the same stage again takes its own place."""
+        kept: dict[str, bytes | None] = {f"receipts/{site}/{stage:05d}.json": line for site, line in receipts.items()}
+        # A site that answered before a crash and not after it is not counted.
+        ending = f"/{stage:05d}.json"
+        stale = [name for name in self._documents.names("receipts") if name.endswith(ending) and name not in kept]
+        self._write({**dict.fromkeys(stale), **kept})
 
     def keep_evaluation(self, tensors: dict[SiteId, bytes], evidence: SumEvidence | None) -> None:
         """Store what sites sent in the evaluation, byte for byte: a verifier adds the counts up again from it."""
-        folder = self.folder / "evaluation"
-        folder.mkdir(exist_ok=True)
-        if evidence is not None:
-            write_durably(evidence_file(self.folder), encode(evidence))
-        for stale in folder.glob("*.safetensors"):
-            if stale.stem not in tensors:
-                stale.unlink()
-        for site, raw in tensors.items():
-            write_durably(evaluation_file(self.folder, site), raw)
+        kept: dict[str, bytes | None] = {f"evaluation/{site}{_ARRAYS}": raw for site, raw in tensors.items()}
+        stale = [name for name in self._documents.names("evaluation") if name.endswith(_ARRAYS) and name not in kept]
+        signed = {} if evidence is None else {_EVIDENCE: encode(evidence)}
+        self._write({**signed, **dict.fromkeys(stale), **kept})
+
+    def _write(self, changes: Mapping[str, bytes | None]) -> None:
+        if self._pending is None:
+            self._documents.write(changes)
+        else:
+            self._pending.update(changes)
+
+
+def _arrays(checkpoint: _Checkpoint) -> str:
+    return f"checkpoint/{checkpoint.tensors}{_ARRAYS}"
 
 
 def evidence_file(folder: Path) -> Path:
     """Where the job folder ``folder`` has what sites signed in the secure sum of the evaluation."""
-    return folder / "evaluation" / "sum.json"
+    return folder / _EVIDENCE
 
 
 def evaluation_file(folder: Path, site: SiteId) -> Path:
     """Where the job folder ``folder`` has the bytes that ``site`` released in the evaluation."""
-    return folder / "evaluation" / f"{site}.safetensors"
+    return folder / "evaluation" / f"{site}{_ARRAYS}"
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path`` so that a power cut leaves either the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + _PART)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedgrade.errors import FedgradeError, LedgerBroken, MessageRefused
 from fedgrade.federation.messages import Admitted, Contribution
-from fedgrade.federation.store import write_durably
+from fedgrade.federation.store import Documents
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import PublicKey, Roster, SiteId
 from fedgrade.trust.records import COORDINATOR, SHA256, LedgerState
@@ -19,12 +19,11 @@ _PROOF_HASHES = 128  # twice the height of the largest tree
 
 
 class Witness:
-    """The newest head of every site's ledger that a coordinator has seen, one file a site, as the site sealed it."""
+    """The newest head of every site's ledger that a coordinator has seen, a document a site, as the site sealed it."""
 
-    def __init__(self, folder: Path, *, roster: Roster) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, documents: Documents, *, roster: Roster) -> None:
         self.roster = roster
-        self._folder = folder
+        self._documents = documents
         self._newest: dict[SiteId, tuple[TreeHead, str]] = {}
 
     def seen(self, site: SiteId) -> str:
@@ -33,9 +32,16 @@ class Witness:
         Raises:
             LedgerBroken: what was kept does not verify.
         """
-        if site not in self._newest and head_file(self._folder, site).exists():
-            self._newest[site] = read_head(head_file(self._folder, site), site=site, roster=self.roster)
-        return self._newest[site][1] if site in self._newest else ""
+        if site not in self._newest:
+            where = f"witnessed head {self._documents.where(_name(site))}"
+            try:
+                raw = self._documents.read(_name(site), limit=MAX_HEAD_BYTES)
+            except FedgradeError as error:
+                raise LedgerBroken(f"witnessed head {error}") from error
+            if raw is None:
+                return ""
+            self._newest[site] = _verified(raw, site=site, roster=self.roster, where=where)
+        return self._newest[site][1]
 
     def admit(self, site: SiteId, body: Admitted) -> None:
         """Keep the head in ``body``, the ledger of ``site`` having only grown since the newest that was seen.
@@ -87,13 +93,13 @@ class Witness:
     def _keep(self, site: SiteId, head: TreeHead, sealed: str) -> None:
         """A reply that was sent again carries the head of its own time, which is not the newest."""
         if not self.seen(site) or head.entries > self._newest[site][0].entries:
-            write_durably(head_file(self._folder, site), sealed.encode())
+            self._documents.write({_name(site): sealed.encode()})
             self._newest[site] = head, sealed
 
 
 def head_file(folder: Path, site: SiteId) -> Path:
     """Where the folder of a witness has the newest head of the ledger of ``site``."""
-    return folder / f"{site}.json"
+    return folder / _name(site)
 
 
 def read_head(path: Path, *, site: SiteId, roster: Roster) -> tuple[TreeHead, str]:
@@ -103,17 +109,12 @@ def read_head(path: Path, *, site: SiteId, roster: Roster) -> tuple[TreeHead, st
         SignatureRefused: the roster does not name the site.
         LedgerBroken: it cannot be read, or is not such a head.
     """
-    key = roster.key_of(site)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_HEAD_BYTES + 1)
-        return open_head(raw, owner=site, signed_by=key), raw.decode()
     except OSError as error:
         raise LedgerBroken(f"witnessed head {path}: cannot be read ({error.strerror})") from error
-    except FedgradeError as error:
-        raise LedgerBroken(
-            f"witnessed head {path}: {error}; take the file away only if {site} has a new key and begins a new ledger"
-        ) from error
+    return _verified(raw, site=site, roster=roster, where=f"witnessed head {path}")
 
 
 def require_growth(sealed: str, *, standing: str, coordinator: PublicKey) -> None:
@@ -139,6 +140,20 @@ def require_growth(sealed: str, *, standing: str, coordinator: PublicKey) -> Non
 def follows(state: LedgerState, before: LedgerState) -> bool:
     """Whether a ledger that stood at ``before`` may stand at ``state`` now: it grew, or is as it was."""
     return state.entries > before.entries or state == before
+
+
+def _name(site: SiteId) -> str:
+    return f"{site}.json"
+
+
+def _verified(raw: bytes, *, site: SiteId, roster: Roster, where: str) -> tuple[TreeHead, str]:
+    key = roster.key_of(site)
+    try:
+        return open_head(raw, owner=site, signed_by=key), raw.decode()
+    except FedgradeError as error:
+        raise LedgerBroken(
+            f"{where}: {error}; take it away only if {site} has a new key and begins a new ledger"
+        ) from error
 
 
 def _hashes(proof: tuple[str, ...]) -> tuple[bytes, ...]:

@@ -45,7 +45,7 @@ from fedgrade.federation.policy import Policy
 from fedgrade.federation.release import OpenedRelease, open_release
 from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
 from fedgrade.federation.site import Site, SiteIdentity
-from fedgrade.federation.store import RunStore
+from fedgrade.federation.store import Folder, RunStore
 from fedgrade.federation.witness import Witness
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
@@ -313,7 +313,7 @@ class SmallFederation:
 
     def witness(self) -> Witness:
         """What the coordinator saw of the sites' ledgers."""
-        return Witness(self.root / "coordinator" / "witnessed", roster=self.roster)
+        return Witness(Folder(self.root / "coordinator" / "witnessed"), roster=self.roster)
 
     @contextmanager
     def log(self) -> Iterator[RoundLog]:
@@ -339,7 +339,7 @@ class SmallFederation:
         return self.release(job)
 
     def store(self, job: TrainingJob) -> RunStore:
-        return RunStore(self.root / "jobs" / job.digest[:16])
+        return RunStore(Folder(self.root / "jobs" / job.digest[:16]))
 
     def release(self, job: TrainingJob) -> OpenedRelease:
         return open_release(self.root / "jobs" / job.digest[:16] / "release", signed_by=self.coordinator_key.public)

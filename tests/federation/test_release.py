@@ -8,6 +8,7 @@ from fedgrade.evaluation import ConfusionCounts, metrics
 from fedgrade.federation import release as release_module
 from fedgrade.federation.payloads import Head, write_head
 from fedgrade.federation.release import ModelRelease, open_release, publish
+from fedgrade.federation.store import Folder
 from fedgrade.job import plan_job
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import SigningKey
@@ -29,7 +30,7 @@ RELEASE = ModelRelease(
 
 @pytest.fixture
 def folder(tmp_path):
-    publish(RELEASE, HEAD, folder=tmp_path / "release", key=KEY)
+    publish(RELEASE, HEAD, to=Folder(tmp_path / "release"), key=KEY)
     return tmp_path / "release"
 
 
@@ -44,7 +45,7 @@ def test_what_was_published_is_opened(folder):
 def test_weights_that_the_document_does_not_name_are_not_published(tmp_path):
     other = replace(HEAD, thresholds=HEAD.thresholds * 2)
     with pytest.raises(ModelRefused, match="not those that the document names"):
-        publish(RELEASE, other, folder=tmp_path / "release", key=KEY)
+        publish(RELEASE, other, to=Folder(tmp_path / "release"), key=KEY)
     assert not (tmp_path / "release").exists()
 
 
@@ -76,6 +77,6 @@ def test_a_file_above_the_limit_is_not_read(folder, monkeypatch):
 
 def test_weights_of_another_shape_are_refused_even_when_signed(tmp_path):
     wide = Head(thresholds=np.zeros((7, 3)), centre=np.zeros(2))
-    publish(replace(RELEASE, weights_digest=digest(write_head(wide))), wide, folder=tmp_path, key=KEY)
+    publish(replace(RELEASE, weights_digest=digest(write_head(wide))), wide, to=Folder(tmp_path), key=KEY)
     with pytest.raises(ModelRefused):
         open_release(tmp_path, signed_by=KEY.public)

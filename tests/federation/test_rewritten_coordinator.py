@@ -68,7 +68,7 @@ def republished(federation, job, *, weights=None, **changes):
     opened = federation.release(job)
     head = weights or opened.head
     release = replace(opened.release, weights_digest=digest(write_head(head)), **changes)
-    signed = publish(release, head, folder=federation.store(job).release_folder, key=federation.coordinator_key)
+    signed = publish(release, head, to=federation.store(job).release, key=federation.coordinator_key)
 
     def change(_, body):
         yield replace(body, release_digest=signed) if isinstance(body, Released) else body

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedgrade.errors import FedgradeError, LedgerBroken, MessageRefused, RoundFailed
 from fedgrade.federation.claims import require_coordinator_holds
 from fedgrade.federation.messages import Admitted, Contribution, write_message
+from fedgrade.federation.store import Folder
 from fedgrade.federation.verification import verify_federation
 from fedgrade.federation.witness import Witness, _hashes, follows
 from fedgrade.trust.canonical import digest, encode
@@ -55,15 +56,15 @@ lines_of = st.lists(st.binary(max_size=3), min_size=1, max_size=20)
 @given(lines=lines_of, more=st.lists(st.binary(max_size=3), max_size=20))
 def test_a_ledger_that_only_grew_is_admitted_and_its_newest_head_kept(tmp_path_factory, lines, more):
     folder = tmp_path_factory.mktemp("witness")
-    Witness(folder, roster=ROSTER).admit(SITE, admitted_with(lines))
-    assert Witness(folder, roster=ROSTER).seen(SITE) == head_over(lines)
-    Witness(folder, roster=ROSTER).admit(SITE, admitted_with([*lines, *more], since=len(lines)))
-    assert Witness(folder, roster=ROSTER).seen(SITE) == head_over([*lines, *more])
+    Witness(Folder(folder), roster=ROSTER).admit(SITE, admitted_with(lines))
+    assert Witness(Folder(folder), roster=ROSTER).seen(SITE) == head_over(lines)
+    Witness(Folder(folder), roster=ROSTER).admit(SITE, admitted_with([*lines, *more], since=len(lines)))
+    assert Witness(Folder(folder), roster=ROSTER).seen(SITE) == head_over([*lines, *more])
 
 
 @given(data=st.data(), lines=lines_of, more=st.lists(st.binary(max_size=3), max_size=20))
 def test_a_ledger_rewritten_anywhere_before_the_head_that_was_seen_is_not(tmp_path_factory, data, lines, more):
-    witness = Witness(tmp_path_factory.mktemp("witness"), roster=ROSTER)
+    witness = Witness(Folder(tmp_path_factory.mktemp("witness")), roster=ROSTER)
     witness.admit(SITE, admitted_with(lines))
     at = data.draw(st.integers(0, len(lines) - 1))
     changed = data.draw(st.sampled_from([[*lines[:at], *lines[at + 1 :]], [*lines[:at], b"else", *lines[at + 1 :]]]))
@@ -93,7 +94,7 @@ def test_a_site_says_where_its_ledger_stands_and_proves_that_it_grew(federation,
     seen = own_head(federation)
     with federation.site() as site:
         body = told(federation, site, federation.admission(job, seen=seen))
-    witness = Witness(federation.root / "other", roster=federation.roster)
+    witness = Witness(Folder(federation.root / "other"), roster=federation.roster)
     witness.admit(SITE, Admitted(head=seen, consistency=()))
     witness.admit(SITE, body)
     head = open_head(body.head.encode(), owner=SITE, signed_by=federation.roster.key_of(SITE))
@@ -315,7 +316,7 @@ def test_what_was_kept_and_was_altered_since_stops_the_coordinator_at_once(feder
 def test_what_was_kept_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / f"{SITE}.json").mkdir()
     with pytest.raises(LedgerBroken, match=rf"witnessed head .*{SITE}\.json: cannot be read"):
-        Witness(tmp_path, roster=ROSTER).seen(SITE)
+        Witness(Folder(tmp_path), roster=ROSTER).seen(SITE)
 
 
 def test_a_ledger_that_changes_while_it_is_verified_is_not_believed(federation):
@@ -346,7 +347,7 @@ def test_sites_that_cannot_use_their_ledger_are_named_when_too_few_remain(federa
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_no_head_that_was_tampered_with_is_kept(tmp_path_factory, data):
-    witness = Witness(tmp_path_factory.mktemp("witness"), roster=ROSTER)
+    witness = Witness(Folder(tmp_path_factory.mktemp("witness")), roster=ROSTER)
     sealed = head_over([b"one", b"two"])
     at, letter = data.draw(st.integers(0, len(sealed) - 1)), data.draw(st.characters(codec="ascii"))
     changed = sealed[:at] + letter + sealed[at + 1 :]

@@ -18,7 +18,7 @@ from fedgrade.federation.charging import Ask, Charging
 from fedgrade.federation.payloads import Head, read_release, write_head
 from fedgrade.federation.release import ModelRelease, publish
 from fedgrade.federation.rounds import RoundLog, stages_of
-from fedgrade.federation.store import RunStore
+from fedgrade.federation.store import Folder, RunStore
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
@@ -149,7 +149,7 @@ def play(story: Story, workshop: Workshop) -> TrainingJob:
         sides = tuple(charging.account(dataset, partition=partition) for partition in ("train", "test"))
         charging.accept(job, envelope=envelope, accounts=sides)
         charging.witness(workshop.log.sealed_head)
-    store = RunStore(workshop.folder / "jobs" / job.digest[:16])
+    store = RunStore(Folder(workshop.folder / "jobs" / job.digest[:16]))
     heads, contributions = _heads(job, workshop), dict.fromkeys(job.participants, 0)
     before = next(heads)
     for index, stage in enumerate(stages_of(job)[: story.stop_after]):
@@ -284,5 +284,5 @@ def _publish(
         contributions=contributions,
         published=workshop.clock().isoformat(timespec="seconds"),
     )
-    signed = publish(release, head, folder=store.release_folder, key=workshop.key)
+    signed = publish(release, head, to=store.release, key=workshop.key)
     workshop.log.release(job, signed, now=workshop.clock())
