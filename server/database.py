@@ -92,7 +92,7 @@ class DatabaseUnavailable(FedgradeError):
 class Database:
     """Documents in one schema of a PostgreSQL database; see ``fedgrade.federation.store.Documents``."""
 
-    def __init__(self, address: str, *, schema: str, machine: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, address: str, *, schema: str, machine: str, patience_seconds: float) -> None:
         """Connect, and take the federation for this machine.
 
         Args:
@@ -298,7 +298,7 @@ def opened_mirror(address: str, *, root: Path, federation: PublicKey) -> Iterato
         DatabaseUnavailable: it cannot be used now, or another machine uses it.
     """
     schema = f"fedgrade_{''.join(federation.fingerprint.split())}"
-    with Database(address, schema=schema, machine=_machine(root)) as database:
+    with Database(address, schema=schema, machine=_machine(root), patience_seconds=PATIENCE_SECONDS) as database:
         mirror = Mirror(database, root)
         database.prepare(mirror.in_folder)
         yield mirror
