@@ -1,4 +1,4 @@
-"""``fedgrade demo`` and ``run``: what a coordinator types to have a model trained."""
+"""``fedgrade demo``, ``run`` and ``resume``: what a coordinator types to have a model trained."""
 
 import logging
 import secrets
@@ -22,8 +22,9 @@ from fedgrade.job import JobSpec, TrainingJob, plan_job
 from fedgrade.privacy.accounting import printed
 from fedgrade.privacy.plan import DistributedSpec
 from fedgrade.trust.identity import site_id
+from server.attached import is_served
 from server.configure import compose_job, describe
-from server.coordinator_folder import Patience
+from server.coordinator_folder import CoordinatorFolder, Patience
 from server.engines import Engine, run_engine
 from server.local_federation import LocalFederation, Terms, create_local_federation, declared_size
 from server.progress_board import progress_board
@@ -37,6 +38,14 @@ ENGINES = get_args(Engine)
 SERVED: Final = "served"
 # A local federation's recyclers allow this much over all jobs there will ever be; each may edit its own policy.yaml.
 LIFETIME_EPSILON = 8.0
+_DEADLINE = click.option(
+    "--deadline", type=click.FloatRange(min=1.0), default=Patience.deadline_seconds, show_default=True,
+    help="Seconds that a stage waits for sites; whoever is silent then is left alone for some stages.",
+)  # fmt: skip
+_WAIT = click.option(
+    "--wait", type=click.FloatRange(min=0.0), default=Patience.admission_seconds, show_default=True,
+    help="Seconds to wait for sites whose operators are still to approve the job, or that are outside of their hours.",
+)  # fmt: skip
 
 
 @click.command(epilog="Example: fedgrade demo privacy.target_epsilon=2")
@@ -75,15 +84,9 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     "--engine", type=click.Choice([*ENGINES, SERVED]), default="deployed", show_default=True,
     help="served: the job goes to the SuperLink that `fedgrade serve` runs, and to partners on their own machines.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on with the job that was interrupted there, or follow it again.")
-@click.option(
-    "--deadline", type=click.FloatRange(min=1.0), default=Patience.deadline_seconds, show_default=True,
-    help="Seconds that a stage waits for sites; whoever is silent then is left alone for some stages.",
-)  # fmt: skip
-@click.option(
-    "--wait", type=click.FloatRange(min=0.0), default=Patience.admission_seconds, show_default=True,
-    help="Seconds to wait for sites whose operators are still to approve the job, or that are outside of their hours.",
-)  # fmt: skip
+@click.option("--resume", is_flag=True, help="The same as `fedgrade resume`.")
+@_DEADLINE
+@_WAIT
 @click.option("--groups", is_flag=True, help="List what can be chosen, and stop.")
 @click.argument("overrides", nargs=-1)
 def run(
@@ -100,26 +103,21 @@ def run(
 
     OVERRIDES choose and change the job: a group (privacy=local_sgd), a value (privacy.target_epsilon=2).
 
-    With --engine served, Ctrl-C leaves the run going; follow it again with --resume, or end it with `fedgrade stop`.
+    With --engine served, Ctrl-C leaves the run going; see `fedgrade watch`, `resume` and `stop`.
     """
     if groups:
         click.echo(describe())
         return
     patience = Patience(deadline_seconds=deadline, admission_seconds=wait)
-    if engine == SERVED:
+    if resume:
+        _go_on(folder, engine, patience)
+    elif engine == SERVED:
         # Imported here: Flower takes a second.
         from server.served_run import run_served  # noqa: PLC0415
 
-        run_served(Console(soft_wrap=True), folder, overrides=overrides, resume=resume, patience=patience)
-        return
-    console, federation = Console(soft_wrap=True), LocalFederation(root=folder)
-    if federation.coordinator.book.exists():
-        raise JobRefused(f"{folder}: its partners are on machines of their own; give --engine {SERVED}")
-    if resume:
-        # Read first: a folder in which nothing was begun is left as it is.
-        federation.coordinator.read_job()
+        run_served(Console(soft_wrap=True), folder, overrides=overrides, patience=patience)
     else:
-        spec = compose_job(list(overrides))
+        spec, federation = compose_job(list(overrides)), _on_this_machine(folder)
         if not federation.exists:
             # Solved before anything is created, so that a plan that cannot be leaves no federation behind.
             _plan_for_new(spec)
@@ -127,11 +125,55 @@ def run(
             create_local_federation(
                 folder, scale=spec.grading, data=spec.data, terms=terms, cache=folder.parent / "cache"
             )
+        with run_lock(folder):
+            _run_here(federation, _put_job(federation, spec), engine, patience)
+
+
+@click.command(epilog="Example: fedgrade resume federation")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option(
+    "--engine", type=click.Choice([*ENGINES, SERVED]), default=None,
+    help="served where partners are on machines of their own, deployed elsewhere, unless you say otherwise.",
+)  # fmt: skip
+@_DEADLINE
+@_WAIT
+def resume(folder: Path, engine: Literal["served"] | Engine | None, deadline: float, wait: float) -> None:
+    """Go on with the job that was interrupted or stopped in FOLDER, or follow the one that is on.
+
+    It goes on from the last checkpoint: no site is asked, or charged, again for what it answered. The same as `fedgrade
+    run --resume`.
+    """
+    chosen = engine or (SERVED if CoordinatorFolder(root=folder).book.exists() or is_served(folder) else "deployed")
+    _go_on(folder, chosen, Patience(deadline_seconds=deadline, admission_seconds=wait))
+
+
+def _go_on(folder: Path, engine: Engine | Literal["served"], patience: Patience) -> None:
+    """Take up the job that lies in ``folder``."""
+    if engine == SERVED:
+        # Imported here: Flower takes a second.
+        from server.served_run import resume_served  # noqa: PLC0415
+
+        resume_served(Console(soft_wrap=True), folder, patience=patience)
+        return
+    federation = _on_this_machine(folder)
+    # Read first: a folder in which nothing was begun is left as it is.
+    federation.coordinator.read_job()
     with run_lock(folder):
-        job = federation.coordinator.read_job() if resume else _put_job(federation, spec)
-        federation.coordinator.put_patience(patience)
-        proof = _run(console, federation, job, engine=engine)
-        _summarise(console, proof, job, federation, shown=folder)
+        _run_here(federation, federation.coordinator.read_job(), engine, patience)
+
+
+def _on_this_machine(folder: Path) -> LocalFederation:
+    federation = LocalFederation(root=folder)
+    if federation.coordinator.book.exists():
+        raise JobRefused(f"{folder}: its partners are on machines of their own; give --engine {SERVED}")
+    return federation
+
+
+def _run_here(federation: LocalFederation, job: TrainingJob, engine: Engine, patience: Patience) -> None:
+    console = Console(soft_wrap=True)
+    federation.coordinator.put_patience(patience)
+    proof = _run(console, federation, job, engine=engine)
+    _summarise(console, proof, job, federation, shown=federation.root)
 
 
 def _plan_for_new(spec: JobSpec) -> None:

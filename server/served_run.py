@@ -1,4 +1,4 @@
-"""``fedgrade run --engine served``: a job for the SuperLink that serves, and for partners on machines of their own.
+"""A job for the SuperLink that serves, and for partners on machines of their own: ``fedgrade run`` and ``resume``.
 
 The run belongs to the SuperLink: whoever submitted it may leave, and somebody else may follow it.
 """
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS: Final = 0.5
 
 
-def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resume: bool, patience: Patience) -> None:
-    """Submit a job to the SuperLink that serves ``root``, or take up the one that lies there, and follow it to its end.
+def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], patience: Patience) -> None:
+    """Submit a job to the SuperLink that serves ``root``, and follow it to its end.
 
     Raises:
         NotServing: no SuperLink serves ``root``.
@@ -46,37 +46,56 @@ def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], resu
     """
     folder = CoordinatorFolder(root=root)
     with attached(root) as control, run_lock(root):
-        going = control.unfinished()
-        if resume:
-            job = folder.read_job()
-            # A run that is on has its own already.
-            folder.put_patience(patience)
-            if going and not is_held(folder.ledger):
-                # Of a SuperLink that was killed: it still counts the run, whose process is gone.
-                control.stop(going[0])
-                going = ()
-        elif going:
+        if going := control.unfinished():
             raise JobRefused(
-                f"{root}: run {going[0]} is on; follow it with `fedgrade run --engine served --federation {root} "
-                f"--resume`, or end it with `fedgrade stop {root}`"
+                f"{root}: run {going[0]} is on; follow it with `fedgrade resume {root}`, or end it with `fedgrade stop "
+                f"{root}`"
             )
-        else:
-            job = _new_job(folder, overrides)
-            _require_online(console, control, job, root)
-            folder.put_job(job, patience)
-        run_id = going[0] if going else control.submit({RUN_DIRECTORY: str(root.resolve())})
-        announce(console, job)
-        try:
-            with progress_board(console, stages=len(stages_of(job))) as board:
-                board.note(f"run {run_id}")
-                with followed(LocalFederation(root=root), board):
-                    _follow(control, run_id, root)
-        except KeyboardInterrupt:
-            console.print(
-                f"Run {run_id} goes on without you. Follow it with --resume, or end it with `fedgrade stop {root}`."
-            )
-            raise
+        job = _new_job(folder, overrides)
+        _require_online(console, control, job, root)
+        folder.put_job(job, patience)
+        _to_its_end(console, control, _submitted(control, root), folder, job)
     _tell(console, folder, job)
+
+
+def resume_served(console: Console, root: Path, *, patience: Patience) -> None:
+    """Take up the job that lies in ``root``, or the run of it that is on, and follow it to its end.
+
+    Raises:
+        NotServing: no SuperLink serves ``root``.
+        JobRefused: there is no job, or somebody follows it already.
+        DeploymentFailed: the run failed or was stopped; its checkpoint stands.
+    """
+    folder = CoordinatorFolder(root=root)
+    with attached(root) as control, run_lock(root):
+        going, job = control.unfinished(), folder.read_job()
+        # A run that is on has its own already.
+        folder.put_patience(patience)
+        if going and not is_held(folder.ledger):
+            # Of a SuperLink that was killed: it still counts the run, whose process is gone.
+            control.stop(going[0])
+            going = ()
+        _to_its_end(console, control, going[0] if going else _submitted(control, root), folder, job)
+    _tell(console, folder, job)
+
+
+def _submitted(control: Control, root: Path) -> int:
+    return control.submit({RUN_DIRECTORY: str(root.resolve())})
+
+
+def _to_its_end(console: Console, control: Control, run_id: int, folder: CoordinatorFolder, job: TrainingJob) -> None:
+    announce(console, job)
+    try:
+        with progress_board(console, stages=len(stages_of(job))) as board:
+            board.note(f"run {run_id}")
+            with followed(LocalFederation(root=folder.root), board):
+                _follow(control, run_id, folder.root)
+    except KeyboardInterrupt:
+        console.print(
+            f"Run {run_id} goes on without you. See it with `fedgrade watch {folder.root}`, follow it to its end with "
+            f"`fedgrade resume {folder.root}`, or end it with `fedgrade stop {folder.root}`."
+        )
+        raise
 
 
 def declared_items(folder: CoordinatorFolder) -> dict[SiteId, int]:
@@ -123,7 +142,8 @@ def _follow(control: Control, run_id: int, root: Path) -> None:
         except ControlRefused as error:
             if not is_served(root):
                 raise DeploymentFailed(
-                    f"run {run_id}: its SuperLink ended ({error}); start `fedgrade serve {root}` again, then --resume"
+                    f"run {run_id}: its SuperLink ended ({error}); start `fedgrade serve {root}` again, then `fedgrade "
+                    f"resume {root}`"
                 ) from error
             logger.info("%s", error)
         else:
@@ -132,7 +152,7 @@ def _follow(control: Control, run_id: int, root: Path) -> None:
             if status.finished:
                 raise DeploymentFailed(
                     f"run {run_id} {status.outcome}: {status.details or 'no reason given'}; its checkpoint stands, and "
-                    "--resume goes on from there"
+                    f"`fedgrade resume {root}` goes on from there"
                 )
         time.sleep(_LOOK_SECONDS)
 

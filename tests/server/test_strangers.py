@@ -212,7 +212,7 @@ def test_a_partner_that_is_revoked_in_mid_run_is_refused_and_a_model_comes_of_it
 
     assert "stopped" in typed("stop", federation.coordinator)
     assert "no run is on" in typed("stop", federation.coordinator)
-    assert "model release" in typed(*federation.run(), "--resume")
+    assert "model release" in typed("resume", federation.coordinator)
     assert (lines()[-1]["stage"], lines()[-1]["answered"]) == (stages, 1)
     assert federation.online() == {STAYS}
     assert "refused" in typed("site", "status", federation.site_file(GONE))

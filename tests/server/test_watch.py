@@ -1,0 +1,352 @@
+"""``fedgrade runs`` and ``watch``: what a real run writes down, read back as its coordinator reads it."""
+
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from fedgrade.cli import cli
+from fedgrade.errors import RoundFailed
+from fedgrade.federation.in_process import InProcessCohort
+from fedgrade.federation.progress import Progress
+from fedgrade.federation.rounds import Stage
+from fedgrade.trust.enrolment import utc_text
+from server import progress_file
+from server.coordinate import run_folder
+from server.coordinator_folder import CoordinatorFolder
+from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, Refused, read_awaited, read_refusals
+from server.run_record import note_stopped, read_record
+from server.runs import KnownRun, known_runs
+from server.watch_command import RunEnded
+from server.watch_page import RunView, page, seconds_left
+from tests.federation.small_federation import NAMES, POLICY, SmallFederation, quick_noise, with_privacy
+
+A, B, C = NAMES
+NOW = datetime(2026, 11, 21, 14, 30, tzinfo=UTC)
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedgrade.federation.releases.discrete_gaussian", quick_noise)
+        yield
+
+
+@pytest.fixture
+def federation(tmp_path):
+    federation = SmallFederation.create(tmp_path / "federation")
+    federation.coordinator_key.save(federation.root / "coordinator" / "key.pem")
+    return federation
+
+
+@pytest.fixture
+def folder(federation):
+    folder = CoordinatorFolder(root=federation.root)
+    folder.put_job(federation.job(with_privacy(rounds=ROUNDS)))
+    return folder
+
+
+class Moody:
+    """A cohort in which sites are silent, or dead, as a test says."""
+
+    def __init__(self, answers):
+        self._inner = InProcessCohort(sites=answers)
+        self.silent = set()
+        self.dead = False
+
+    def ask(self, requests, *, deadline_seconds):
+        if self.dead:
+            raise KeyboardInterrupt
+        there = {site: raw for site, raw in requests.items() if site not in self.silent}
+        return self._inner.ask(there, deadline_seconds=deadline_seconds)
+
+
+def typed(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli, list(map(str, arguments)))
+
+
+def test_each_stage_says_who_was_missing_and_how(federation, folder):
+    stages = []
+
+    def after(progress):
+        stages.append(progress)
+        cohort.silent = {C} if progress.stage == 1 else set()
+
+    with federation.answers() as answers:
+        cohort = Moody(answers)
+        run_folder(folder, cohort, report=after)
+    assert [progress.absent for progress in stages] == [{}, {C: "silent"}, {C: "resting"}, {}, {}]
+    assert list(progress_file.read_progress(folder.progress)) == stages
+    assert stages == sorted(stages, key=lambda progress: progress.finished)
+    # The file is the operator's own, and even so it says nothing of what sites answered.
+    assert set(vars(stages[0])) == {"stage", "stages", "purpose", "answered", "participants", "finished", "absent"}
+
+
+def test_who_refuses_is_out_and_its_words_are_kept(federation, folder):
+    job = folder.read_job()
+    strict = replace(POLICY, backbones=("resnet10t_gn",))
+    with federation.site(A) as first, federation.site(B) as second, federation.site(C, policy=strict) as third:
+        answers = {A: first.answer, B: second.answer, C: third.answer}
+        run_folder(folder, InProcessCohort(sites=answers), report=lambda _: None)
+    progress = progress_file.read_progress(folder.progress)
+    assert [one.absent for one in progress] == [{C: "out"}] * len(progress)
+    words = read_refusals(folder.progress.parent).sites[C].words
+    assert words.startswith("refused (policy): job small: ")
+    shown = typed("watch", folder.root, "--once")
+    assert f"{C} missing since stage 1" in shown.output
+    assert "refused (policy)" in shown.output
+    assert job.digest[:16] in shown.output
+
+
+def test_runs_tells_released_failed_stopped_and_interrupted_apart(federation, folder):
+    assert [(run.state, run.done) for run in known_runs(folder)] == [("not begun", 0)]
+    with federation.answers() as answers:
+        cohort = Moody(answers)
+        cohort.silent = {A, B, C}
+        with pytest.raises(RoundFailed):
+            run_folder(folder, cohort, report=lambda _: None)
+        (run,) = known_runs(folder)
+        assert (run.state, run.done, run.stages, run.name) == ("failed", 0, ROUNDS + 2, "small")
+        assert "aggregation.minimum_sites is 2" in run.why
+        cohort.silent = set()
+
+        def killed(progress):
+            cohort.dead = progress.stage == 2
+
+        with pytest.raises(KeyboardInterrupt):
+            run_folder(folder, cohort, report=killed)
+        (run,) = known_runs(folder)
+        assert (run.state, run.done) == ("stopped", 2)
+        began, cohort.dead = run.began, False
+        run_folder(folder, cohort, report=lambda _: None)
+    (run,) = known_runs(folder)
+    assert (run.state, run.done, run.began, run.why) == ("released", ROUNDS + 2, began, "")
+    folder.put_job(federation.job(with_privacy(rounds=ROUNDS), nonce="1"))
+    assert [run.state for run in known_runs(folder)] == ["not begun", "released"]
+    listed = typed("runs", folder.root)
+    first, second = listed.output.splitlines()[1:]
+    assert "0 of 5" in first
+    assert "not begun" in first
+    assert "5 of 5" in second
+    assert "40.00" in second
+    assert "released" in second
+
+
+def test_a_run_whose_process_was_killed_is_interrupted_until_somebody_says_that_it_was_stopped(federation, folder):
+    with federation.answers() as answers:
+        cohort, where = Moody(answers), folder.job_folder(folder.read_job())
+
+        def look(progress):
+            # While its process holds the ledger, it is on.
+            assert known_runs(folder)[0].state == "on"
+            if progress.stage == 2:
+                record.append((where / "run.json").read_bytes())
+
+        record = []
+        run_folder(folder, cohort, report=look)
+    (where / "run.json").write_bytes(record[0])  # as a kill leaves it
+    (run,) = known_runs(folder)
+    assert (run.state, run.done) == ("interrupted", 2)
+    assert "fedgrade resume" in run.why
+    note_stopped(where, "by `fedgrade stop`")
+    assert known_runs(folder)[0].state == "stopped"
+    # What the run itself said is not talked over.
+    note_stopped(where, "again")
+    assert read_record(where).why == "by `fedgrade stop`"
+
+
+def test_a_damaged_record_hides_no_other_run(federation, folder):
+    with federation.answers() as answers:
+        run_folder(folder, InProcessCohort(sites=answers), report=lambda _: None)
+    first = folder.read_job()
+    folder.put_job(federation.job(nonce="1"))
+    other = folder.root / "jobs" / ("0" * 16)
+    other.mkdir()
+    (other / "run.json").write_bytes(b"\x00")
+    # Without its record, a released job is known by its release.
+    (folder.job_folder(first) / "run.json").unlink()
+    known = {run.job[:16]: run.state for run in known_runs(folder)}
+    assert known == {folder.read_job().digest[:16]: "not begun", first.digest[:16]: "released", "0" * 16: "unknown"}
+    assert typed("runs", folder.root).exit_code == 0
+
+
+def test_a_log_gets_lines_until_the_run_ends_and_the_status_of_its_outcome(federation, folder, monkeypatch):
+    monkeypatch.setattr("server.watch_command._REFRESH_SECONDS", 0.02)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(_progress):
+        begun.set()
+        assert go_on.wait(60)
+
+    def run():
+        with federation.answers() as answers:
+            run_folder(folder, InProcessCohort(sites=answers), report=wait)
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    assert begun.wait(60)
+    threading.Timer(0.2, go_on.set).start()
+    followed = typed("watch", folder.root)
+    runner.join()
+    assert followed.exit_code == 0, followed.output
+    lines = followed.output.splitlines()
+    assert lines[0] == "stage 1 of 5: centre, 3 of 3 sites"
+    assert lines[-1].endswith(": released")
+    assert "stage 5 of 5: evaluate, 3 of 3 sites" in lines
+
+
+def test_a_run_that_comes_to_nothing_is_an_error_for_whoever_watches(federation, folder, monkeypatch):
+    monkeypatch.setattr("server.watch_command._REFRESH_SECONDS", 0.02)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run():
+        with federation.answers() as answers:
+            cohort = Moody(answers)
+
+            def wait(_progress):
+                begun.set()
+                assert go_on.wait(60)
+                cohort.silent = {A, B, C}
+
+            with pytest.raises(RoundFailed):
+                run_folder(folder, cohort, report=wait)
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    assert begun.wait(60)
+    threading.Timer(0.2, go_on.set).start()
+    followed = typed("watch", folder.root)
+    runner.join()
+    assert isinstance(followed.exception, RunEnded)
+    assert "failed: train round 0: 0 sites answered" in str(followed.exception)
+
+
+def test_a_folder_without_a_job_says_so(federation):
+    for command in ("runs", "watch"):
+        said = typed(command, federation.root)
+        assert said.exit_code == 0
+        assert "no job was run here yet" in said.output
+
+
+def test_whom_a_question_waits_for_is_told_from_when_it_was_first_asked(tmp_path):
+    times = iter(NOW + timedelta(seconds=number) for number in range(9))
+    file = AwaitedFile(tmp_path, clock=lambda: next(times))
+    file.awaits({A, B, C})
+    assert read_awaited(tmp_path) == Awaited(asked=utc_text(NOW), sites=(A, B, C))
+    file._at -= 1.0
+    file.awaits({C})  # also when it is asked once more
+    assert read_awaited(tmp_path) == Awaited(asked=utc_text(NOW), sites=(C,))
+    file.awaits({A, C})
+    assert read_awaited(tmp_path).asked == utc_text(NOW + timedelta(seconds=1))
+
+
+def test_a_disk_that_takes_nothing_stops_no_run(tmp_path):
+    gone = tmp_path / "gone"
+    AwaitedFile(gone).awaits({A})
+    RefusalsFile(gone).hears(A, "no")
+    assert read_awaited(gone) == Awaited()
+    assert read_refusals(gone) == Refusals()
+
+
+def test_torn_lines_and_those_of_other_versions_are_passed_over(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    assert progress_file.read_progress(path) == ()
+    progress_file.append(path, stage(1))
+    with path.open("ab") as file:
+        file.write(b'{"stage": 2, "stages": 62, "purpose": "train", "answered": 5, "participants": 5}\n')
+    progress_file.append(path, stage(2))
+    with path.open("ab") as file:
+        file.write(b'{"stage": 3, "sta')
+    assert progress_file.read_progress(path) == (stage(1), stage(2))
+
+
+def stage(number, *, stages=62, sites=20, **absent):
+    return Progress(
+        stage=number, stages=stages, purpose="train", answered=sites - len(absent), participants=sites,
+        finished=utc_text(NOW - timedelta(seconds=30 * (24 - number))),
+        absent={name.replace("_", "-"): how for name, how in absent.items()},
+    )  # fmt: skip
+
+
+def big(*, sites=20, rounds=60, done=23):
+    """A view of a run with something of everything."""
+    names = tuple(f"site-{number:02d}" for number in range(sites))
+    training = (Stage(purpose="train", round_index=index) for index in range(rounds))
+    stages = (Stage(purpose="centre", round_index=0), *training, Stage(purpose="evaluate", round_index=0))
+    progress = []
+    for number in range(1, done + 1):
+        absent = {"site_04": "refused" if number == 1 else "out"}
+        if number >= 20:
+            absent["site_07"] = "silent" if number == 20 else "resting"
+        progress.append(stage(number, stages=len(stages), sites=sites, **absent))
+    run = KnownRun(
+        job="3f9a12c0d4e5b677", name="pumps\x1b[2J", began=utc_text(NOW - timedelta(minutes=13)), changed=utc_text(NOW),
+        done=done, stages=len(stages), epsilon=4.0, state="on",
+    )  # fmt: skip
+    return RunView(
+        run=run, participants=names, stages=stages, progress=tuple(progress),
+        awaited=Awaited(asked=utc_text(NOW - timedelta(seconds=80)), sites=(names[2],)),
+        refusals=Refusals(sites={names[4]: Refused(time=utc_text(NOW), words="refused (budget): spent\x07")}),
+        revoked=frozenset(),
+    )  # fmt: skip
+
+
+def shown(view, *, width=80, height=40):
+    console = Console(width=width, height=height, color_system=None, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(page(view, width=width, height=height, now=NOW))
+    return captured.get().rstrip("\n").splitlines()
+
+
+def test_twenty_sites_and_sixty_rounds_fit_a_terminal_of_80_columns():
+    lines = shown(big())
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    rows = {line.split()[0]: line.split()[1] for line in lines if line.startswith("site-") and len(line.split()) == 2}
+    assert len(rows) == 20
+    assert {len(cells) for cells in rows.values()} == {62}
+    assert rows["site-00"] == "■" * 23 + "·" * 39
+    assert rows["site-02"] == "■" * 23 + "?" + "·" * 38
+    assert rows["site-04"] == "x" + "-" * 22 + "·" * 39
+    assert rows["site-07"] == "■" * 19 + "ozzz" + "·" * 39
+    text = "\n".join(lines)
+    assert "23 of 62 stages done, now training round 23 of 60" in text
+    assert "0:13:00 ago; about 0:19:" in text
+    assert "Waiting for site-02: asked 0:01:20 ago" in text
+    assert "site-07 missing since stage 20" in text
+    assert "site-04 missing since stage 1" in text
+    # Names and refusals are other people's.
+    assert "\x1b" not in text
+    assert "\x07" not in text
+
+
+@pytest.mark.parametrize(("sites", "height"), [(20, 24), (60, 24), (200, 40), (20, 10)])
+def test_where_lines_are_few_those_that_miss_something_are_shown(sites, height):
+    lines = shown(big(sites=sites), height=height)
+    assert len(lines) <= max(height, 16)
+    assert any(line.startswith("site-07  ") for line in lines)
+    assert any("more sites, which have answered every stage so far" in line for line in lines)
+
+
+def test_where_columns_are_few_a_cell_is_the_worst_of_several_stages():
+    lines = shown(big(rounds=500))
+    (row,) = [line.split()[1] for line in lines if line.startswith("site-07  ")]
+    assert len(row) <= 80
+    assert row.startswith("■■o·")
+    assert "A column is 8 stages" in "\n".join(lines)
+
+
+def test_what_is_left_is_foretold_from_the_last_stages():
+    view = big()
+    assert seconds_left(view, now=NOW) == pytest.approx(30 * 39 - 30)
+    assert seconds_left(replace(view, progress=view.progress[:1]), now=NOW) is None
+    assert seconds_left(replace(view, run=replace(view.run, state="failed")), now=NOW) is None
+
+
+def test_help_has_an_example():
+    for command in ("runs", "watch", "resume"):
+        assert f"Example: fedgrade {command} federation" in typed(command, "--help").output
