@@ -152,6 +152,21 @@ class FleetConnection:
         self._node = Node(node_id=response.node_id)
         return int(response.node_id)
 
+    def go_on(self, node_id: int) -> int:
+        """Be the node ``node_id`` that this key's node was before its process died, and that may still count as online.
+
+        Raises:
+            LinkDown: no answer.
+            LinkRefused: this key's node is another, or is no longer enrolled.
+        """
+        self._node = Node(node_id=node_id)
+        try:
+            self.heartbeat()
+        except FedgradeError:
+            self._node = Node()
+            raise
+        return node_id
+
     def heartbeat(self) -> None:
         """Tell the SuperLink that the node is still there.
 

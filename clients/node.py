@@ -5,6 +5,8 @@ outlives the SuperLink: every failure of the link is a pause with a growing back
 """
 
 import logging
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +31,9 @@ _FIRST_RETRY_SECONDS: Final = 0.25
 _AWAY_SECONDS: Final = 1.0
 _REPLY_PATIENCE_SECONDS: Final = 120.0
 _MAX_CERTIFICATE_BYTES: Final = 256 * 1024
+_NODE_ID_BITS: Final = 64
+_MAX_SESSION_CHARACTERS: Final = 8192
+_SESSION: Final = re.compile(r"(?P<node>[1-9][0-9]{0,19}) (?P<here>[^\n]+)\n")
 _MIN_HEARTBEAT_SECONDS: Final = 10.0  # flwr.common.constant.HEARTBEAT_MIN_INTERVAL
 _MAX_HEARTBEAT_SECONDS: Final = 1800.0
 
@@ -61,8 +66,8 @@ class NodeLink:
         node_key: private EC P-384 key file, mode 0600.
         busy_poll_seconds: shortest wait between two polls, while a run is on.
         idle_poll_seconds: longest wait between two polls.
-        heartbeat_seconds: a node that dies without a word is held for online during twice this time, and its
-            successor is refused for as long.
+        heartbeat_seconds: a node that dies without a word is held for online during twice this time; only its own
+            successor, on the same machine, is let in before.
         retry_cap_seconds: longest wait before the link is tried again.
         max_message_bytes: larger requests are refused unread.
     """
@@ -171,7 +176,7 @@ def _one_connection(
     lost = threading.Event()
     heart = threading.Thread(target=_beat, args=(connection, link, lost), name="fleet-heartbeat", daemon=True)
     try:
-        word = f"node {connection.activate()} at {link.address}"
+        word = f"node {_sign_on(connection, link)} at {link.address}"
         tell(LinkPhase.ONLINE, word)
         heart.start()
         while not stop.is_set() and not lost.is_set():
@@ -187,6 +192,36 @@ def _one_connection(
         if heart.ident is not None:
             heart.join(timeout=1.0)
         connection.close()
+
+
+def _sign_on(connection: FleetConnection, link: NodeLink) -> int:
+    """The node's id, online. After a crash it goes on as the node that the SuperLink still holds for online.
+
+    Otherwise a successor is refused for as long as a heartbeat may be missing, and a round may be over by then.
+    """
+    session = link.node_key.with_name(link.node_key.name + ".session")
+    # A copy of the folder, here or elsewhere, must not go on beside the site that it was copied from.
+    here = f"{socket.gethostname()} {link.node_key.resolve()}"
+    try:
+        node = connection.activate()
+    except LinkRefused:
+        found = _SESSION.fullmatch(_read_session(session))
+        if found is None or found["here"] != here or int(found["node"]) >= 1 << _NODE_ID_BITS:
+            raise
+        return connection.go_on(int(found["node"]))
+    try:
+        session.write_text(f"{node} {here}\n")
+    except OSError as error:
+        logger.warning("%s: %s; after a crash this node will have to wait", session, error.strerror)
+    return node
+
+
+def _read_session(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(_MAX_SESSION_CHARACTERS)
+    except OSError:
+        return ""
 
 
 def _beat(connection: FleetConnection, link: NodeLink, lost: threading.Event) -> None:

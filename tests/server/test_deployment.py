@@ -7,6 +7,7 @@ Grid; nodes are threads of the test, which makes hostile ones easy.
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -268,6 +269,24 @@ def test_a_key_that_nobody_enrolled_is_refused(deployment, tmp_path):
     assert all(state.phase is not LinkPhase.ONLINE for state in node.phases)
 
 
+def test_a_killed_node_s_successor_is_let_in_at_once_and_a_copy_of_its_folder_is_not(deployment, tmp_path):
+    key = tmp_path / "own" / "delta"
+    deployment.enrol("delta", create_node_key(key))
+    program = [sys.executable, str(Path(__file__).with_name("echo_node.py")), deployment.address]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [*program, str(deployment.authority), str(key)], stdout=subprocess.PIPE, env=environment
+    ) as process:
+        assert any(line.startswith(b"online") for line in process.stdout)
+        process.kill()
+    copied = Path(shutil.copytree(key.parent, tmp_path / "copy")) / key.name
+    with running(Node(deployment, copied, bytes)) as (node,):
+        node.wait_for(LinkPhase.REFUSED)
+    with running(Node(deployment, key, bytes)) as (node,):
+        node.wait_for(LinkPhase.ONLINE)
+        assert all(state.phase is not LinkPhase.REFUSED for state in node.phases)
+
+
 def test_a_key_is_enrolled_once(deployment, enrolled):
     with pytest.raises(ControlRefused):
         deployment._control.register(enrolled["alpha"].with_name("alpha.pub"), "again")
@@ -309,17 +328,6 @@ def test_a_run_is_not_handed_to_who_lacks_the_secret(deployment):
             client.AcquireTask(request)
 
 
-def test_nodes_come_back_when_the_superlink_was_killed(deployment, grid, enrolled, nodes):
-    with online(deployment, enrolled) as started:
-        deployment.restart_superlink()
-        replies = {}
-        deadline = time.monotonic() + PATIENCE
-        while len(replies) < len(nodes) and time.monotonic() < deadline:
-            replies = GridCohort(grid, nodes).ask(dict.fromkeys(nodes, b"?"), deadline_seconds=5.0)
-        assert replies == {site: b"?" + site.encode() for site in nodes}
-        assert {node.phases[-1].phase for node in started} == {LinkPhase.ONLINE}
-
-
 def test_a_coordinators_bundle_was_neither_fetched_nor_run(deployment, grid, mark):
     assert grid.run.run_id
     assert not mark.exists()
@@ -332,6 +340,25 @@ def test_a_node_stops_promptly_while_its_superlink_is_away(deployment, enrolled)
     node = Node(away, enrolled["alpha"], bytes)
     node.wait_for(LinkPhase.UNREACHABLE)
     node.end()
+
+
+def test_a_superlink_that_was_killed_is_started_again_and_its_nodes_come_back(tmp_path):
+    with Deployment(tmp_path) as deployment:
+        key = tmp_path / "alpha"
+        public = create_node_key(key)
+        deployment.enrol("alpha", public)
+        with running(Node(deployment, key, bytes)) as (node,):
+            node.wait_for(LinkPhase.ONLINE)
+            deployment.process("superlink").kill()
+            deployment.process("superlink").wait()
+            with pytest.raises(DeploymentFailed, match="superlink ended"):
+                deployment.must_be_alive()
+            seen = len(node.phases)
+            deployment.restart()
+            assert deployment.control.nodes() == ()
+            deployment.enrol("alpha", public)
+            node.wait_for(LinkPhase.ONLINE, after=seen)
+            deployment.must_be_alive()
 
 
 def test_a_run_that_cannot_start_ends_with_its_reason(tmp_path):
