@@ -101,9 +101,7 @@ def recorded(folder: Path, job: TrainingJob) -> Iterator[RunKeeper]:
     except Exception as error:
         keeper.end("failed", str(error) if isinstance(error, FedgradeError) else f"{type(error).__name__}: {error}")
         raise
-    except BaseException:
-        keeper.end("stopped", "interrupted at its terminal")
-        raise
+    # Who is interrupted leaves the record as that of a run that goes on: it is to be taken up again.
     keeper.end("released")
 
 

@@ -102,7 +102,7 @@ def test_who_refuses_is_out_and_its_words_are_kept(federation, folder):
     assert job.digest[:16] in shown.output
 
 
-def test_runs_tells_released_failed_stopped_and_interrupted_apart(federation, folder):
+def test_runs_tells_released_failed_and_interrupted_apart(federation, folder):
     assert [(run.state, run.done) for run in known_runs(folder)] == [("not begun", 0)]
     with federation.answers() as answers:
         cohort = Moody(answers)
@@ -120,7 +120,7 @@ def test_runs_tells_released_failed_stopped_and_interrupted_apart(federation, fo
         with pytest.raises(KeyboardInterrupt):
             run_folder(folder, cohort, report=killed)
         (run,) = known_runs(folder)
-        assert (run.state, run.done) == ("stopped", 2)
+        assert (run.state, run.done) == ("interrupted", 2)
         began, cohort.dead = run.began, False
         run_folder(folder, cohort, report=lambda _: None)
     (run,) = known_runs(folder)
