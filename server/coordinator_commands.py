@@ -51,7 +51,8 @@ def serve(folder: Path) -> None:
     """Run the SuperLink of the federation in FOLDER: partners' nodes connect, and jobs may be run.
 
     Whom `fedgrade enrol` and `fedgrade revoke` name meanwhile is let in or put out at once. Ctrl-C and SIGTERM end it;
-    a run that was on stays at its checkpoint. Enrolments and messages outlive a restart.
+    a run that was on goes on from its checkpoint when this folder is served again, as it does at once if the SuperLink
+    dies and is started again by this command.
     """
     # Imported here: Flower takes a second.
     from server.certificates import fingerprint  # noqa: PLC0415

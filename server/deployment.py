@@ -75,16 +75,13 @@ class Deployment:
         authority: the certificate that partners need.
     """
 
-    def __init__(self, run_directory: Path, *, listen: Listen = Listen(), durable: bool = True) -> None:
+    def __init__(self, run_directory: Path, *, listen: Listen = Listen()) -> None:
         """Nothing starts yet.
 
         Args:
             run_directory: below which everything is written.
             listen: where the SuperLink is reached.
-            durable: keep enrolments and messages in a database that survives a restart of the SuperLink. In memory a
-                small round takes a quarter of the time.
         """
-        self._durable = durable
         self.run_directory = run_directory.resolve()
         self._listen = listen
         self.address = ""
@@ -189,17 +186,23 @@ class Deployment:
         """The process ``superlink``, ``superexec`` or ``site-<site>``."""
         return self._processes[name]
 
-    def restart_superlink(self) -> None:
-        """Kill the SuperLink as a power cut would, and start it on the same database, ports and keys.
+    def restart(self) -> None:
+        """End what is left of SuperLink and superexec, and with them the run, and start both at the same ports.
+
+        The SuperLink keeps in memory alone: nodes must be registered again. Nodes that were online come back.
 
         Raises:
             DeploymentFailed: it did not come up again.
         """
-        old = self._processes.pop("superlink")
-        old.kill()
-        old.wait()
+        for name in ("superexec", "superlink"):
+            old = self._processes.pop(name, None)
+            if old is not None:
+                # The run's process, a child of superexec, looks after its parent and ends with it.
+                old.kill()
+                old.wait()
         self._run_superlink()
         self._wait_for_superlink()
+        self._run_superexec()
 
     def _start_keeper(self) -> None:
         # -I -S: nothing but the standard library, so that it is up before anything can go wrong.
@@ -213,7 +216,6 @@ class Deployment:
         self._certificates: ServerCertificates = certify(folder, self._listen.hosts, now=datetime.now(UTC))
         self._token = ensure_token(folder / "token")
         self._secret = ensure_token(folder / "superexec-secret")
-        self._database = folder / "state.db" if self._durable else Path(FLWR_IN_MEMORY_DB_NAME)
         free = _free_ports(2)
         public, self._admin_port = self._listen.public_port or free[0], self._listen.admin_port or free[1]
         host = next(iter(self._listen.hosts), "127.0.0.1")
@@ -222,6 +224,9 @@ class Deployment:
         control = Control(self.admin, authority=self._certificates.authority, token=read_private(self._token))
         self._control = self._exit.enter_context(control)
         self._wait_for_superlink()
+        self._run_superexec()
+
+    def _run_superexec(self) -> None:
         superexec = Path(sysconfig.get_path("scripts")) / "flower-superexec"
         self._spawn(
             "superexec",
@@ -241,7 +246,7 @@ class Deployment:
             "superlink",
             [
                 *(sys.executable, "-m", "server.superlink", "--admin-port", str(self._admin_port)),
-                *("--public-host", host, "--public-port", port, "--database", str(self._database)),
+                *("--public-host", host, "--public-port", port, "--database", FLWR_IN_MEMORY_DB_NAME),
                 *("--authority", str(files.authority), "--certificate", str(files.certificate)),
                 *("--key", str(files.key), "--token-file", str(self._token)),
                 *("--superexec-secret-file", str(self._secret)),

@@ -65,8 +65,7 @@ def _deployed(federation: LocalFederation, watcher: Watcher) -> None:
     command = shutil.which("fedgrade", path=str(Path(sys.executable).parent))
     if command is None:
         raise DocumentRefused("the command fedgrade is not installed beside this Python; install the package first")
-    # In memory: a restart resumes from the coordinator's own checkpoint, and small rounds are twice as quick.
-    with Deployment(federation.root, durable=False) as deployment:
+    with Deployment(federation.root) as deployment:
         watcher.note(f"SuperLink up at {deployment.address} (TLS, authenticated nodes)")
         federation.connect(deployment.address, deployment.authority)
         for site in federation.sites():

@@ -7,6 +7,7 @@ import logging
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,7 @@ from server.local_federation import LocalFederation
 from server.nodes_file import read_nodes
 from server.progress_board import progress_board
 from server.run_lock import run_lock
+from server.run_record import read_record
 from server.summary import announce, quality_table
 
 logger = logging.getLogger(__name__)
@@ -146,15 +148,38 @@ def _follow(control: Control, run_id: int, root: Path) -> None:
                     f"resume {root}`"
                 ) from error
             logger.info("%s", error)
+            ended, run_id = _after_a_restart(control, run_id, root)
+            if ended:
+                return
         else:
             if status.outcome == "completed":
                 return
             if status.finished:
-                raise DeploymentFailed(
-                    f"run {run_id} {status.outcome}: {status.details or 'no reason given'}; its checkpoint stands, and "
-                    f"`fedgrade resume {root}` goes on from there"
-                )
+                raise _not_completed(run_id, status.outcome, status.details, root)
         time.sleep(_LOOK_SECONDS)
+
+
+def _after_a_restart(control: Control, run_id: int, root: Path) -> tuple[bool, int]:
+    """Whether the run was released meanwhile, and its number: a SuperLink that was started again gives it another.
+
+    Raises:
+        DeploymentFailed: it failed or was stopped meanwhile.
+    """
+    with suppress(ControlRefused):
+        if going := control.unfinished():
+            return False, going[0]
+    folder = CoordinatorFolder(root=root)
+    record = read_record(folder.job_folder(folder.read_job()))
+    if record is not None and record.outcome in {"failed", "stopped"}:
+        raise _not_completed(run_id, record.outcome, record.why, root)
+    return record is not None and record.outcome == "released", run_id
+
+
+def _not_completed(run_id: int, outcome: str, why: str, root: Path) -> DeploymentFailed:
+    return DeploymentFailed(
+        f"run {run_id} {outcome}: {why or 'no reason given'}; its checkpoint stands, and `fedgrade resume {root}` goes "
+        "on from there"
+    )
 
 
 def _read_log(control: Control, run_id: int) -> None:

@@ -71,7 +71,7 @@ def federation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def deployment(federation):
-    with Deployment(federation.root, durable=False) as deployment:
+    with Deployment(federation.root) as deployment:
         # The test takes the run's task itself.
         deployment.process("superexec").send_signal(signal.SIGSTOP)
         for site in FOUR:
