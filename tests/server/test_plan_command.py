@@ -9,15 +9,22 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 from click.testing import CliRunner
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedgrade.cli import cli
 from fedgrade.errors import DocumentRefused, JobRefused, LedgerBroken, PlanRefused
 from fedgrade.federation.forecast import forecast
 from fedgrade.job import plan_job
 from fedgrade.privacy.accounting import printed
+from fedgrade.trust.enrolment import JoinRequest, utc_text, write_request
 from server.configure import compose_job
-from server.plan_command import NONCE, read_surroundings
-from tests.federation.small_federation import DECLARED, NAMES, POLICY, SmallFederation, quick_noise, with_privacy
+from server.coordinator_file import CoordinatorSettings
+from server.coordinator_folder import CoordinatorFolder
+from server.enrolment import create_coordinator, enrol
+from server.plan_command import NONCE
+from server.surroundings import read_surroundings
+from tests.federation.small_federation import DECLARED, FIRST, NAMES, POLICY, SmallFederation, quick_noise, with_privacy
 
 # The small federation's sites hold few items; the job must not ask for more.
 SMALL = ("data.minimum_items=4", "privacy.rounds=2")
@@ -116,6 +123,38 @@ def test_a_federation_that_never_ran_is_planned_from_its_own_settings(furnished)
     assert result.exit_code == 0, result.output
     assert "No rule and no budget known here stands in the way" in result.output
     assert not list(furnished.root.rglob("ledger.jsonl"))
+
+
+@pytest.fixture
+def enrolled_folder(tmp_path):
+    """What `fedgrade coordinator init` makes, and nobody on its roster yet."""
+    folder = CoordinatorFolder(root=tmp_path / "coordinator")
+    settings = CoordinatorSettings(host="coordinator.example", public_port=1, admin_port=2, interface="127.0.0.1")
+    create_coordinator(folder.root, settings, now=FIRST)
+    return folder
+
+
+def put_on_roster(folder, name, key, *, number, items):
+    public = ec.derive_private_key(number, ec.SECP384R1()).public_key()
+    node_key = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    wish = JoinRequest(site=name, key=key.public, node_key=node_key, declared_items=items, made=utc_text(FIRST))
+    enrol(folder, write_request(wish, key), approve=lambda _: None, now=FIRST)
+
+
+def test_partners_on_machines_of_their_own_are_planned_for_by_what_they_published(enrolled_folder, trained):
+    refused = planned("--federation", enrolled_folder.root)
+    assert isinstance(refused.exception, JobRefused)
+    assert "nobody is enrolled" in str(refused.exception)
+    for number, name in enumerate(NAMES, start=1):
+        put_on_roster(enrolled_folder, name, trained.site_keys[name], number=number, items=40 * number)
+    before = contents(enrolled_folder.root)
+    result = planned("--federation", enrolled_folder.root, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert f"the 3 sites that are enrolled in {enrolled_folder.root}" in result.output
+    assert f"without a copy of their ledgers here: {', '.join(NAMES)}" in result.output
+    assert f"No policy file here, so refusals by policy are not foreseen: {', '.join(NAMES)}" in result.output
+    assert read_surroundings(enrolled_folder.root).declared_items == dict(zip(NAMES, (40, 80, 120), strict=True))
+    assert contents(enrolled_folder.root) == before
 
 
 def test_a_site_that_would_refuse_is_named_with_its_rule(furnished):
