@@ -32,6 +32,8 @@ MAX_REQUEST_BYTES: Final = 264 * 1024 * 1024  # one object of clients.wire.MAX_M
 _KEY_HEADER: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 _READ_ONCE: Final = frozenset({_KEY_HEADER, HEADER.encode(), b"content-length", b"transfer-encoding"})
 _MAX_KEY_CHARACTERS: Final = 2048
+_PASSED_OVER_BYTES: Final = 16 * 1024
+_MAX_DIGITS: Final = 12  # Python refuses to read numbers of thousands
 _SLOT_SECONDS: Final = 30
 _TELL_AGAIN_SECONDS: Final = 60.0
 _MICROSECONDS: Final = 10**6
@@ -85,7 +87,7 @@ class SignedRequests:
         keys: who is enrolled.
         clock: seconds since 1970 (UTC).
         allowance: for each key.
-        on_known: called with the peer of a connection over which an enrolled key's signature came.
+        on_known: called with the peer of a connection, and the PEM of the enrolled key that signed what came over it.
 
     Attributes:
         session: what this process calls itself.
@@ -98,7 +100,7 @@ class SignedRequests:
         *,
         clock: Callable[[], float] = time.time,
         allowance: Allowance = Allowance(),
-        on_known: Callable[[Any], None] = lambda _peer: None,
+        on_known: Callable[[Any, bytes], None] = lambda _peer, _key: None,
     ) -> None:
         self.session = secrets.token_hex(16)
         self._application = application
@@ -118,7 +120,7 @@ class SignedRequests:
             headers = _headers(scope)
             signed, length, pem = _claimed(scope, headers)
             asker = await self._vouched(signed, length, pem)
-            self._on_known(scope.get("client"))
+            self._on_known(scope.get("client"), pem)
             asker.bytes_now += length
             try:
                 body = await self._read(receive, length, signed.claim.body_digest)
@@ -127,7 +129,7 @@ class SignedRequests:
                 asker.bytes_now -= length
         except _Refused as refused:
             self._tell(refused)
-            await _refuse(send, refused, self.session)
+            await _refuse(scope, send, refused, session=self.session)
 
     async def _vouched(self, signed: SignedClaim, length: int, pem: bytes) -> _Asker:
         """Whoever signed, if it is enrolled and the request new."""
@@ -207,6 +209,12 @@ class SignedRequests:
             logger.warning("node key %s: request refused: %s", refused.known, refused.reason)
 
 
+def declared_length(value: bytes) -> int | None:
+    """The length of a body by its header, if it is one that is read."""
+    length = int(value) if value.isdigit() and len(value) <= _MAX_DIGITS else MAX_REQUEST_BYTES + 1
+    return length if length <= MAX_REQUEST_BYTES else None
+
+
 def _headers(scope: Scope) -> dict[bytes, bytes]:
     """The headers that decide, each of which must stand there once: who reads the first must not differ from us."""
     found: dict[bytes, bytes] = {}
@@ -220,8 +228,8 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
 
 def _claimed(scope: Scope, headers: dict[bytes, bytes]) -> tuple[SignedClaim, int, bytes]:
     """What the request claims to be, how long its body is, and the PEM of whose key is said to vouch for that."""
-    length = headers.get(b"content-length", b"")
-    if b"transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_REQUEST_BYTES:
+    length = declared_length(headers.get(b"content-length", b""))
+    if length is None or b"transfer-encoding" in headers:
         raise _Refused(413, f"a body of declared length is required, at most {MAX_REQUEST_BYTES} bytes")
     given, key = headers.get(HEADER.encode()), headers.get(_KEY_HEADER, b"")
     if given is None or not 0 < len(key) <= _MAX_KEY_CHARACTERS:
@@ -230,7 +238,7 @@ def _claimed(scope: Scope, headers: dict[bytes, bytes]) -> tuple[SignedClaim, in
         # Signed is the path as it was sent, and the application goes by the path as it was decoded.
         path = (scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")).decode("ascii")
         signed = read_header(given.decode("ascii"), method=scope["method"], path=path)
-        return signed, int(length), b64decode(key, validate=True)
+        return signed, length, b64decode(key, validate=True)
     except (MessageRefused, UnicodeDecodeError, binascii.Error) as error:
         raise _Refused(400, str(error) if isinstance(error, MessageRefused) else "headers: not plain text") from error
 
@@ -255,15 +263,17 @@ def _given(body: bytes, receive: Receive) -> Receive:
     return give
 
 
-async def _refuse(send: Send, refused: _Refused, session: str) -> None:
+async def _refuse(scope: Scope, send: Send, refused: _Refused, *, session: str) -> None:
     # In the form in which flwr's clients read what went wrong.
     said = json.dumps({"code": 0, "detail": refused.reason}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(said)).encode()),
         (SESSION_HEADER.encode(), session.encode()),
-        # The body was not read, and nobody wants to.
-        (b"connection", b"close"),
     ]
+    length = declared_length(dict(scope["headers"]).get(b"content-length", b""))
+    # A small body that nobody wants is cheaper to pass over than a new connection would be.
+    if length is None or length > _PASSED_OVER_BYTES:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": said})

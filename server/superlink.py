@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import copy
 import hmac
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,11 +35,13 @@ from flwr.superlink.routers.control.middlewares import (
 from flwr.superlink.routers.fleet.middlewares import FleetEventLogMiddleware
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 
+from fedgrade.logs import configure_logs
 from server.certificates import ServerCertificates
 from server.enrolled_keys import EnrolledKeys
+from server.listener import GuardedServer, Watch
 from server.metrics import Application, Metrics, Receive, Scope, Send
 from server.private_files import read_private
-from server.signed_requests import MAX_REQUEST_BYTES, SignedRequests
+from server.signed_requests import SignedRequests, declared_length
 
 # Nothing leaves the machine unless its operator asks: no telemetry, no update check, no package index.
 QUIET: Final = {
@@ -50,6 +53,7 @@ PUBLIC_PATHS: Final = ("/health", "/v1/fleet/")
 # These authenticate themselves: node signatures are not needed here, superexec secret and task tokens are.
 ADMIN_PATHS_WITHOUT_TOKEN: Final = ("/health", "/v1/runtime/")
 _SHUTDOWN_SECONDS: Final = 2
+_TOO_LARGE: Final = 413
 # More than half of a small request's time went through layers that look at its path and pass it on. Each of these
 # acts on the other API's paths only, or on plugins that do not exist here.
 _IDLE_LAYERS: Final = (
@@ -94,7 +98,7 @@ def public_door(application: Application) -> Application:
         if scope["type"] != "http" or not _below(scope["path"], PUBLIC_PATHS):
             await _refuse(scope, send, 404)
         elif scope["method"] not in {"GET", "HEAD"} and not _bounded(scope):
-            await _refuse(scope, send, 413)
+            await _refuse(scope, send, _TOO_LARGE)
         else:
             await application(scope, receive, send)
 
@@ -133,21 +137,29 @@ def run(settings: SuperLinkSettings) -> None:
         chosen = runs if scope["type"] == "http" and scope["path"].startswith("/v1/runtime/") else everything
         await chosen(scope, receive, send)
 
-    nodes = SignedRequests(_without(application, _IDLE_FOR_NODES), EnrolledKeys(lambda: _enrolled(application)))
-    metrics = Metrics(settings.progress)
-    admin = _listener(
-        settings,
-        metrics.counted(admin_door(metrics.served(by_path), token), listener="admin"),
-        host="127.0.0.1",
-        port=settings.admin_port,
+    watch = Watch()
+    nodes = SignedRequests(
+        _without(application, _IDLE_FOR_NODES), EnrolledKeys(lambda: _enrolled(application)), on_known=watch.know
     )
-    public = _listener(
-        settings,
-        metrics.counted(public_door(nodes), listener="public"),
-        host=settings.public_host,
-        port=settings.public_port,
-        # One lifespan owns the state that both listeners share.
-        lifespan="off",
+    metrics = Metrics(settings.progress)
+    admin = uvicorn.Server(
+        _listening(
+            settings,
+            metrics.counted(admin_door(metrics.served(by_path), token), listener="admin"),
+            host="127.0.0.1",
+            port=settings.admin_port,
+        )
+    )
+    public = GuardedServer(
+        _listening(
+            settings,
+            metrics.counted(public_door(nodes), listener="public"),
+            host=settings.public_host,
+            port=settings.public_port,
+            # One lifespan owns the state that both listeners share.
+            lifespan="off",
+        ),
+        watch,
     )
 
     async def both() -> None:
@@ -176,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
     given = parser.parse_args(arguments)
     os.environ.update(QUIET)
+    configure_logs(logging.WARNING)
     run(
         SuperLinkSettings(
             public_host=given.public_host,
@@ -234,22 +247,23 @@ def _without(application: FastAPI, layers: Sequence[type]) -> FastAPI:
     return lean
 
 
-def _listener(
+def _listening(
     settings: SuperLinkSettings, application: Application, *, host: str, port: int, lifespan: str = "on"
-) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            application,
-            host=host,
-            port=port,
-            lifespan=lifespan,  # type: ignore[arg-type]
-            log_level="warning",
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-            ssl_keyfile=str(settings.certificates.key),
-            ssl_certfile=str(settings.certificates.certificate),
-        )
+) -> uvicorn.Config:
+    return uvicorn.Config(
+        application,
+        host=host,
+        port=port,
+        lifespan=lifespan,  # type: ignore[arg-type]
+        # At "warning" it writes a line for each request that is no HTTP: strangers could fill the disk.
+        log_level="error",
+        access_log=False,
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        ssl_keyfile=str(settings.certificates.key),
+        ssl_certfile=str(settings.certificates.certificate),
     )
 
 
@@ -259,15 +273,17 @@ def _below(path: str, allowed: Sequence[str]) -> bool:
 
 def _bounded(scope: Scope) -> bool:
     """Whether the body declares a length within the limit; a body of unknown length is not read."""
-    length = dict(scope["headers"]).get(b"content-length", b"")
-    return length.isdigit() and int(length) <= MAX_REQUEST_BYTES
+    return declared_length(dict(scope["headers"]).get(b"content-length", b"")) is not None
 
 
 async def _refuse(scope: Scope, send: Send, status: int) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    headers = [(b"content-length", b"0")]
+    if status == _TOO_LARGE:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 
 

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from server.superlink import MAX_REQUEST_BYTES, admin_door, public_door
+from server.signed_requests import MAX_REQUEST_BYTES
+from server.superlink import admin_door, public_door
 
 TOKEN = b"correct-horse"
 
@@ -53,7 +54,7 @@ def test_partners_reach_nothing_else(path):
     assert status(public_door(application), path) == 404
 
 
-@pytest.mark.parametrize("length", [None, b"", b"-1", b"1e3", str(MAX_REQUEST_BYTES + 1).encode()])
+@pytest.mark.parametrize("length", [None, b"", b"-1", b"1e3", str(MAX_REQUEST_BYTES + 1).encode(), b"9" * 5000])
 def test_a_body_without_a_bounded_length_is_not_read(length):
     headers = [] if length is None else [(b"content-length", length)]
     assert status(public_door(application), "/v1/fleet/push-object", headers=headers) == 413

@@ -34,7 +34,7 @@ class Door:
             keys,
             clock=lambda: self.now,
             allowance=Allowance(**allowance),
-            on_known=self.known.append,
+            on_known=lambda peer, key: self.known.append((peer, key)),
         )
 
     def _read(self):
@@ -106,7 +106,7 @@ def door():
 def test_a_signed_request_comes_through_as_it_was_sent(door):
     assert door.ask()[0] == 200
     assert door.through == [BODY]
-    assert door.known == [("192.0.2.1", 5)]
+    assert door.known == [(("192.0.2.1", 5), pem(KEY))]
 
 
 def test_health_needs_no_signature(door):
@@ -131,7 +131,7 @@ def test_what_does_not_hold_is_refused_before_a_byte_of_the_body_is_read(door, c
     assert (found, read) == (status, False)
     assert said in reason
     assert door.told[SESSION_HEADER.encode()] == door.door.session.encode()
-    assert door.told[b"connection"] == b"close"
+    assert b"connection" not in door.told
     assert door.through == []
 
 
@@ -164,6 +164,12 @@ def test_a_header_that_stands_there_twice_is_refused(door, name):
 )
 def test_headers_that_make_no_sense_are_refused(door, changes, status):
     assert door.ask(list({**dict(door.headers()), **changes}.items()))[::2] == (status, False)
+
+
+def test_a_large_body_that_is_not_read_ends_the_connection(door):
+    headers = dict(door.headers(session=NO_SESSION)) | {b"content-length": b"1000000"}
+    assert door.ask(list(headers.items()))[::2] == (401, False)
+    assert door.told[b"connection"] == b"close"
 
 
 def test_a_request_without_a_signature_says_what_is_missing(door):

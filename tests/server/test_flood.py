@@ -1,0 +1,74 @@
+"""The public port of a real SuperLink under a flood, while an enrolled node goes on as if nothing were."""
+
+import asyncio
+import ssl
+
+import pytest
+
+from clients.node_key import create_node_key
+from server.deployment import Deployment
+from server.listener import Limits
+from tests.server.flood import Caught, connection, flood, lorises, withstand
+
+pytestmark = pytest.mark.flower
+
+LORISES, REQUESTS = 200, 5_000  # tests/soak/test_long_flood.py has more
+MAX_GROWTH = 64 * 2**20
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    with Deployment(tmp_path_factory.mktemp("flood")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def fleets(deployment, tmp_path_factory):
+    """Connections of two enrolled nodes; the second one's requests are caught."""
+    folder = tmp_path_factory.mktemp("keys")
+    opened = []
+    for site in ("alpha", "beta"):
+        deployment.enrol(site, create_node_key(folder / site))
+        opened.append(connection(deployment, folder / site))
+        opened[-1].activate()
+    yield opened
+    for one in opened:
+        one.close()
+
+
+def test_a_node_is_answered_throughout_and_strangers_cost_little_memory(deployment, fleets):
+    own, beta = fleets
+    node, found, growth = withstand(deployment, own, Caught(beta), lorises_held=LORISES, requests=REQUESTS)
+    assert node.failure is None
+    assert node.answers > 10
+    assert sum(found.values()) == REQUESTS
+    # An answer may be lost with its connection where the sender was still speaking; a wrong one never comes.
+    assert not {pair: times for pair, times in found.items() if pair[0] != pair[1] and pair[1] is not None}
+    assert found[401, 401] > REQUESTS / 4
+    assert growth < MAX_GROWTH
+
+
+def test_a_caught_request_is_of_no_use(deployment, fleets):
+    _, beta = fleets
+    caught = Caught(beta)
+    thief = [
+        (401, caught.raw()),
+        (401, caught.raw(path="/v1/fleet/deactivate-node")),
+        (401, caught.raw(body=b"\0" * len(caught.request.content))),
+    ]
+    found = asyncio.run(flood(deployment, thief, lanes=1))
+    assert found == {(401, 401): 3}
+    assert beta.receive() is None
+
+
+def test_more_connections_than_one_address_may_hold_are_ended(deployment):
+    held = lorises(deployment, Limits().strangers_by_address + 20)
+    ended = 0
+    for one in held[:20]:
+        try:
+            ended += one.recv(100) == b""
+        except (ConnectionError, ssl.SSLError):
+            ended += 1
+    for one in held:
+        one.close()
+    assert ended == 20
