@@ -25,6 +25,10 @@ class LedgerUnavailable(FedgradeError):
     """The ledger could not be written durably (full disk, second writer); nothing was charged."""
 
 
+class StoreUnavailable(FedgradeError):
+    """What a coordinator must keep could not be kept (full disk, a database that is away); what was kept stands."""
+
+
 class BudgetExceeded(FedgradeError):
     """A release would take an account past the partner's own ceiling."""
 

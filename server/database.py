@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from fedgrade.errors import DocumentRefused, FedgradeError
+from fedgrade.errors import DocumentRefused, FedgradeError, StoreUnavailable
 from fedgrade.federation.store import MAX_KEPT_BYTES
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import PublicKey
@@ -85,7 +85,7 @@ _HOLDER: Final = """
     limit 1"""
 
 
-class DatabaseUnavailable(FedgradeError):
+class DatabaseUnavailable(StoreUnavailable):
     """The database cannot be used now: unreachable, not permitted, full, or in use by another machine."""
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from fedgrade.aggregation.mean import mean_of_updates, sum_of_releases
 from fedgrade.aggregation.secure_sum.signed import open_share_key
-from fedgrade.errors import FedgradeError
+from fedgrade.errors import FedgradeError, StoreUnavailable
 from fedgrade.federation.exchange import RESENDS, Exchange, Received
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.messages import AdmitRequest, Admitted, ContributeRequest, Refusal
@@ -113,6 +113,9 @@ class Conversation:
         """Whether the ledger of ``site`` only grew since it was seen last; if not, the site stays out."""
         try:
             self._exchange.witness.admit(site, body)
+        except StoreUnavailable:
+            # Our own fault, and no site is put out for it.
+            raise
         except FedgradeError as error:
             self._exchange.put_out(site, f"stays out: {error}")
             return False

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from fedgrade.errors import FedgradeError, MessageRefused, RoundFailed
+from fedgrade.errors import FedgradeError, MessageRefused, RoundFailed, StoreUnavailable
 from fedgrade.federation.messages import (
     Asked,
     Contribution,
@@ -161,6 +161,9 @@ class Exchange:
             return None
         try:
             state = self.witness.receive(site, body, sequence=entry.sequence, stood=self._stood.get(site))
+        except StoreUnavailable:
+            # Our own fault, and no site is put out for it.
+            raise
         except FedgradeError as error:
             self.put_out(site, f"stays out: {error}")
             return None

@@ -6,7 +6,7 @@ kept is given in: :class:`Folder` is a folder on disk, server/database.py a data
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedgrade.aggregation.mean import ServerState
 from fedgrade.aggregation.secure_sum.documents import SumTerms
 from fedgrade.aggregation.secure_sum.evidence import SumEvidence
-from fedgrade.errors import DocumentRefused, ModelRefused
+from fedgrade.errors import DocumentRefused, ModelRefused, StoreUnavailable
 from fedgrade.evaluation import ConfusionCounts
 from fedgrade.job import TrainingJob
 from fedgrade.model.weights import read_weights, write_weights
@@ -52,6 +52,9 @@ class Documents(Protocol):
 
         A database does all of it or nothing. Files are changed one after the other, in the order of ``changes``: a
         crash leaves the first few changed, so what refers to others comes after them.
+
+        Raises:
+            StoreUnavailable: it could not be kept.
         """
 
     def where(self, name: str) -> str:
@@ -115,14 +118,24 @@ class Folder:
         return tuple(sorted(path.relative_to(self._root).as_posix() for path in files))
 
     def write(self, changes: Mapping[str, bytes | None]) -> None:
-        """Change one file after the other, each durably."""
+        """Change one file after the other, each durably.
+
+        Raises:
+            StoreUnavailable: one could not be written; it is as it was, and those after it too.
+        """
         for name, content in changes.items():
             path = self._root / name
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(path, content)
+            try:
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_durably(path, content)
+            except OSError as error:
+                # A piece of a file on a full disk keeps it full.
+                with suppress(OSError):
+                    path.with_name(path.name + _PART).unlink(missing_ok=True)
+                raise StoreUnavailable(f"{path}: cannot be written ({error.strerror})") from error
 
     def where(self, name: str) -> str:
         """The path of the file."""

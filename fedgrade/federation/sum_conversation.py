@@ -14,7 +14,7 @@ from functools import partial
 from fedgrade.aggregation.secure_sum.coordinator import SumCoordinator, propose
 from fedgrade.aggregation.secure_sum.documents import SumSurvivors, SumTerms, SumVotes
 from fedgrade.aggregation.secure_sum.evidence import SumEvidence
-from fedgrade.errors import FedgradeError, RoundFailed
+from fedgrade.errors import FedgradeError, RoundFailed, StoreUnavailable
 from fedgrade.federation.charging import Ask
 from fedgrade.federation.exchange import PASSING, RESENDS, Exchange, Received
 from fedgrade.federation.gathered import Gathered
@@ -217,6 +217,9 @@ class SumConversation:
                 phases.append(self._voted(begun.terms, total, survivors))
                 phases.append(self._revealed(begun.terms, total, total.votes()))
             result = total.total()
+        except StoreUnavailable:
+            # Our own fault, and no site is put out for it.
+            raise
         # Whatever is wrong with this attempt, also one that lay on disk while the roster changed, the next is apart.
         except FedgradeError as error:
             for number, answers in enumerate(phases):
@@ -327,6 +330,8 @@ def _sort(
             answers.good.add(site)
         else:
             answers.lost[site] = f"sent a {body.kind} that does not count"
+    except StoreUnavailable:
+        raise
     except FedgradeError as error:
         answers.lost[site] = f"sent a {body.kind} that does not count: {error}"
         logger.warning("site %s %s", site, answers.lost[site])

@@ -7,7 +7,7 @@ out that cannot prove that its ledger only grew. What each saw stands in its own
 
 from pathlib import Path
 
-from fedgrade.errors import FedgradeError, LedgerBroken, MessageRefused
+from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken, MessageRefused
 from fedgrade.federation.messages import Admitted, Contribution
 from fedgrade.federation.store import Documents
 from fedgrade.trust.canonical import digest
@@ -36,7 +36,7 @@ class Witness:
             where = f"witnessed head {self._documents.where(_name(site))}"
             try:
                 raw = self._documents.read(_name(site), limit=MAX_HEAD_BYTES)
-            except FedgradeError as error:
+            except DocumentRefused as error:
                 raise LedgerBroken(f"witnessed head {error}") from error
             if raw is None:
                 return ""
