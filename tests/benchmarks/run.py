@@ -1,9 +1,10 @@
 """Measures fedgrade and writes the figures, with how they were got, into docs/benchmarks.md.
 
 Sections: ``quality`` (QWK and critical misses against epsilon), ``rounds`` (seconds a round on the wire and in one
-process, side by side), ``demo`` (wall time of the main job, cold and warm), ``gradients`` (a step of item gradients
-beside Opacus' ways), ``noise`` (samples a second), ``accountants`` (epsilon by five of them) and ``utility`` (ways of
-training under privacy). Each run replaces its own section alone.
+process, side by side), ``null_rounds`` (rounds without work beside stock Flower and NVFlare), ``idle`` (a node that is
+not asked), ``sites`` (many on one machine), ``demo`` (wall time of the main job, cold and warm), ``gradients`` (a step
+of item gradients beside Opacus' ways), ``noise`` (samples a second), ``accountants`` (epsilon by five of them),
+``ledger``, ``secure_sum`` and ``utility`` (ways of training under privacy). Each run replaces its own section alone.
 """
 
 import argparse
@@ -22,8 +23,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from accountants import accountants
 from features import public_features
+from idle import idle
 from ledgers import ledger
+from many_sites import many_sites
 from matplotlib.axes import Axes
+from null_rounds import null_rounds
 from quality import EPSILONS, SETTINGS, Outcome, load_photos, outcome
 from samplers import noise
 from sections import replace_section
@@ -32,13 +36,16 @@ from utility import utility
 
 from fedgrade.data import elpv
 from fedgrade.evaluation import metrics
-from fedgrade.federation.rounds import Progress
+from fedgrade.federation.progress import Progress
 from fedgrade.job import JobSpec, plan_job
 from server.configure import compose_job
 from server.engines import run_engine
 from server.local_federation import Terms, create_local_federation
 
-SECTIONS = ("quality", "utility", "gradients", "noise", "accountants", "ledger", "secure_sum", "rounds", "demo")
+SECTIONS = (
+    "quality", "utility", "gradients", "noise", "accountants", "ledger", "secure_sum", "rounds", "null_rounds", "idle",
+    "sites", "demo",
+)  # fmt: skip
 TIMED_ROUNDS = 15
 FIGURES: dict[str, Callable[[Outcome, JobSpec], float]] = {
     "QWK": lambda run, spec: metrics(run.median_counts, spec.grading).quadratic_weighted_kappa,
@@ -215,6 +222,9 @@ def main() -> None:
         "ledger": ledger,
         "secure_sum": secure_sum,
         "rounds": lambda: rounds(spec, cache=given.cache),
+        "null_rounds": lambda: null_rounds(cache=given.cache),
+        "idle": lambda: idle(spec, cache=given.cache),
+        "sites": lambda: many_sites(cache=given.cache),
         "demo": lambda: demo(spec, cache=given.cache),
     }
     for section in given.sections or SECTIONS:
