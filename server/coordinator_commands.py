@@ -14,7 +14,7 @@ from fedgrade.cli.out_of_band import require_fingerprint
 from fedgrade.errors import DocumentRefused
 from fedgrade.trust.enrolment import MAX_PAPER_BYTES, JoinRequest
 from fedgrade.trust.identity import SigningKey, SiteId, site_id
-from server.coordinator_file import ADMIN_PORT, PUBLIC_PORT, CoordinatorSettings
+from server.coordinator_file import ADMIN_PORT, FILES, PUBLIC_PORT, CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -32,14 +32,19 @@ def coordinator() -> None:
 @click.option("--public-port", type=click.IntRange(1, 65535), default=PUBLIC_PORT, show_default=True)
 @click.option("--admin-port", type=click.IntRange(1, 65535), default=ADMIN_PORT, show_default=True)
 @click.option("--interface", default="0.0.0.0", show_default=True, help="Address on which partners reach it.")  # noqa: S104
-def init(folder: Path, host: str, public_port: int, admin_port: int, interface: str) -> None:
+@click.option(
+    "--database", default=FILES, show_default=True, help="Keep runs and enrolments there: postgresql://user@host/name."
+)
+def init(folder: Path, host: str, public_port: int, admin_port: int, interface: str, database: str) -> None:
     """Make a coordinator in FOLDER: its key, its authority, an empty roster, coordinator.yaml.
 
     Nothing is overwritten. Keep FOLDER readable by one user alone, and back up FOLDER/coordinator.
     """
     from server.enrolment import create_coordinator  # noqa: PLC0415 - X.509 and the ledger take a moment
 
-    settings = CoordinatorSettings(host=host, public_port=public_port, admin_port=admin_port, interface=interface)
+    settings = CoordinatorSettings(
+        host=host, public_port=public_port, admin_port=admin_port, interface=interface, database=database
+    )
     public = create_coordinator(folder, settings, now=datetime.now(UTC))
     click.echo(f"{folder}: a coordinator at {settings.address}, with nobody on its roster yet")
     click.echo(f"Tell every partner, over another channel, its fingerprint: {public.fingerprint}")

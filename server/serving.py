@@ -57,7 +57,8 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
             admin_port=settings.admin_port,
         )
         bring_up_to_date(folder, now=datetime.now(UTC))
-    with only_server(root), Deployment(root, listen=listen) as deployment:
+    # Held to the end: no other machine uses the database of a federation that is served here.
+    with folder.kept(), only_server(root), Deployment(root, listen=listen) as deployment:
         if not folder.book.exists():
             LocalFederation(root=root).connect(deployment.address, deployment.authority)
         nodes, interrupted = _NodeList(deployment.control, folder), _InterruptedRun(deployment.control, folder)
