@@ -47,7 +47,6 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from clients.request_signature import RequestSigner
 from clients.wire import MESSAGE_TYPE, RECORD, unwrap, wrap
@@ -123,8 +122,6 @@ class FleetConnection:
                 root_certificates=access.root_certificate,
                 interceptors=[
                     RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                    # Says who asks; Flower checks that the node which a request names is this key's.
-                    NodeAuthHttpInterceptor(access.key, access.key.public_key()),
                     RequestSigner(access.key),
                 ],
             )

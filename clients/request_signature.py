@@ -4,6 +4,7 @@ An interceptor for flwr's HTTP client, the innermost of them: it sees the reques
 restarted has another session and says so when it refuses; then the request is signed anew, once, and sent again.
 """
 
+import base64
 import hashlib
 import secrets
 import time
@@ -12,6 +13,8 @@ from typing import Any, Final
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedgrade.trust.request_signature import HEADER, NO_SESSION, SESSION_HEADER, RequestClaim, is_session, sign
 
@@ -32,6 +35,7 @@ class RequestSigner:
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, *, clock: Callable[[], int] = _microseconds) -> None:
         self._key = key
+        self._own = base64.b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
         self._clock = clock
         self._session = NO_SESSION
 
@@ -57,4 +61,5 @@ class RequestSigner:
             nonce=secrets.token_hex(_NONCE_BYTES),
             time=self._clock(),
         )
+        request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = self._own
         request.headers[HEADER] = sign(claim, self._key)

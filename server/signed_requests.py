@@ -24,6 +24,7 @@ from fedgrade.errors import MessageRefused, SignatureRefused
 from fedgrade.trust.request_signature import HEADER, SESSION_HEADER, WINDOW_SECONDS, SignedClaim, read_header
 from server.enrolled_keys import EnrolledKeys
 from server.metrics import Application, Receive, Scope, Send
+from server.node_identity import NODE_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class SignedRequests:
             asker.bytes_now += length
             try:
                 body = await self._read(receive, length, signed.claim.body_digest)
+                scope["state"][NODE_KEY] = pem
                 await self._application(scope, _given(body, receive), send)
             finally:
                 asker.bytes_now -= length

@@ -14,10 +14,11 @@ import copy
 import hmac
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -34,12 +35,14 @@ from flwr.superlink.routers.control.middlewares import (
 )
 from flwr.superlink.routers.fleet.middlewares import FleetEventLogMiddleware
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from starlette.middleware import Middleware
 
 from fedgrade.logs import configure_logs
 from server.certificates import ServerCertificates
 from server.enrolled_keys import EnrolledKeys
 from server.listener import GuardedServer, Watch
 from server.metrics import Application, Metrics, Receive, Scope, Send
+from server.node_identity import KeyOwnsNode
 from server.private_files import read_private
 from server.signed_requests import SignedRequests, declared_length
 
@@ -63,6 +66,7 @@ _IDLE_LAYERS: Final = (
     FleetEventLogMiddleware,
 )
 _IDLE_FOR_NODES: Final = (*_IDLE_LAYERS, ControlAuthenticationMiddleware)
+_OURS_FOR_NODES: Final = {NodeAuthMiddleware: KeyOwnsNode}
 _IDLE_FOR_RUNS: Final = (*_IDLE_LAYERS, ControlAuthenticationMiddleware, NodeAuthMiddleware)
 
 
@@ -139,7 +143,9 @@ def run(settings: SuperLinkSettings) -> None:
 
     watch = Watch()
     nodes = SignedRequests(
-        _without(application, _IDLE_FOR_NODES), EnrolledKeys(lambda: _enrolled(application)), on_known=watch.know
+        _without(application, _IDLE_FOR_NODES, instead=_OURS_FOR_NODES),
+        EnrolledKeys(lambda: _enrolled(application)),
+        on_known=watch.know,
     )
     metrics = Metrics(settings.progress)
     admin = uvicorn.Server(
@@ -239,11 +245,19 @@ def _enrolled(application: FastAPI) -> tuple[bytes, ...]:
     return tuple(node.public_key for node in nodes if node.status != NodeStatus.UNREGISTERED)
 
 
-def _without(application: FastAPI, layers: Sequence[type]) -> FastAPI:
-    """The same routes and state behind fewer layers. Named are those left out, so that new ones stay in."""
+def _without(
+    application: FastAPI, layers: Sequence[type], *, instead: Mapping[Any, Any] = MappingProxyType({})
+) -> FastAPI:
+    """The same routes and state behind fewer layers, some replaced. Those are named, so that new ones stay in."""
     idle: frozenset[object] = frozenset(layers)
     lean = copy.copy(application)
-    lean.user_middleware = [layer for layer in application.user_middleware if layer.cls not in idle]
+    lean.user_middleware = [
+        Middleware(instead[layer.cls]) if layer.cls in instead else layer
+        for layer in application.user_middleware
+        if layer.cls not in idle
+    ]
+    if missing := set(instead) - {layer.cls for layer in application.user_middleware}:
+        raise AssertionError(f"flwr has no layer {missing}: read the new flwr")
     return lean
 
 

@@ -13,7 +13,6 @@ from flwr.proto import fleet_pb2, heartbeat_pb2
 from flwr.supercore.inflatable import inflatable_object, inflatable_protobuf_utils, inflatable_utils
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from clients import fleet, node
 
@@ -34,7 +33,6 @@ def test_flwr_is_the_version_that_was_read():
         (FleetHttpClient.PullObject, "self request"),
         (FleetHttpClient.PushObject, "self request"),
         (FleetHttpClient.ConfirmMessageReceived, "self request"),
-        (NodeAuthHttpInterceptor.__init__, "self private_key public_key"),
         (RuntimeVersionHttpInterceptor.__init__, "self component_name"),
         (inflatable_object.get_all_nested_objects, "obj"),
         (inflatable_object.get_object_id, "object_content"),

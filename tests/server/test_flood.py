@@ -5,6 +5,7 @@ import ssl
 
 import pytest
 
+from clients.fleet import LinkRefused
 from clients.node_key import create_node_key
 from server.deployment import Deployment
 from server.listener import Limits
@@ -58,6 +59,16 @@ def test_a_caught_request_is_of_no_use(deployment, fleets):
     ]
     found = asyncio.run(flood(deployment, thief, lanes=1))
     assert found == {(401, 401): 3}
+    assert beta.receive() is None
+
+
+def test_a_key_speaks_for_its_own_node_alone(fleets):
+    own, beta = fleets
+    theirs, beta._node = beta._node, own._node
+    for ask in (beta.heartbeat, beta.receive):
+        with pytest.raises(LinkRefused, match="401"):
+            ask()
+    beta._node = theirs
     assert beta.receive() is None
 
 

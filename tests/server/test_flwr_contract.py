@@ -1,6 +1,7 @@
 """What server/ takes from flwr's private modules. A failure means: read the new flwr, then raise the pin."""
 
 import dataclasses
+import hashlib
 import inspect
 
 import pytest
@@ -10,11 +11,13 @@ from flwr.common import serde
 from flwr.common.constant import Status, SubStatus
 from flwr.proto import control_pb2, message_pb2, runtime_pb2
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
+from flwr.superlink.routers.fleet import node_auth
 
 from server import control, superlink
 
@@ -87,3 +90,17 @@ def test_layers_are_left_out_by_name_and_new_ones_stay_in():
         app.add_middleware(layer)
     assert [layer.cls for layer in superlink._without(app, superlink._IDLE_FOR_RUNS).user_middleware] == [str]
     assert len(app.user_middleware) == len(superlink._IDLE_FOR_RUNS) + 1
+
+
+def test_every_fleet_request_still_names_its_node_or_its_key():
+    fleet = {path: kind for (_, path), kind in PROTOBUF_REQUEST_TYPES.items() if path.startswith("/v1/fleet/")}
+    assert len(fleet) == 12
+    for kind in fleet.values():
+        fields = {field.name for field in kind.DESCRIPTOR.fields}
+        assert fields & {"node", "node_id", "public_key"}, kind
+
+
+def test_flower_still_authenticates_nodes_by_what_is_checked_here_in_its_place():
+    # A new check there must come here too.
+    source = inspect.getsource(node_auth.authenticate_node)
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == "f8e66372d61b3653"
