@@ -11,16 +11,15 @@ import socket
 import stat
 from collections.abc import Callable
 from concurrent import futures
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 import grpc
 
-from clients.agent_pb2 import AnswerReply, AnswerRequest, Budget, Nothing, SiteStatus
+from clients.agent_pb2 import AnswerReply, AnswerRequest, Budget, LeaveRequest, Nothing, SiteStatus
 from clients.agent_pb2_grpc import AgentServicer, AgentStub, add_AgentServicer_to_server
-from clients.gate import Gate, Mode, SiteClosed
+from clients.gate import Gate, Mode, SiteClosed, untold
 from fedgrade.errors import DocumentRefused, FedgradeError
 from fedgrade.federation.activity import AccountStanding, Activity
 
@@ -34,6 +33,11 @@ _OPTIONS: Final = [
 _MAX_SOCKET_PATH_BYTES: Final = 100  # sun_path holds 108 on Linux and 104 on macOS, with its end
 _OTHERS: Final = 0o077
 _STATUS_SECONDS: Final = 5.0
+_NOTHING: Final = Nothing()
+
+
+class LeaveRefused(FedgradeError):
+    """The site cannot leave just now: answers that it charged for have not reached the coordinator."""
 
 
 class AgentUnavailable(FedgradeError):
@@ -51,6 +55,7 @@ class AgentStatus:
         link: the node's connection in words; empty without one.
         activity: the job asked about last, where in it, and the last refusal.
         budgets: each account's cohort, side, epsilon spent and ceiling.
+        undelivered: answers that were charged for and not seen to leave.
     """
 
     mode: Mode
@@ -59,15 +64,17 @@ class AgentStatus:
     link: str
     activity: Activity
     budgets: tuple[tuple[str, str, float, float], ...]
+    undelivered: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """Who tells a site's operator how it stands: the node's connection, what it is at, what is spent."""
+    """Who tells a site's operator how it stands: the connection, what it is at, what is spent, what undelivered."""
 
     link: Callable[[], str] = str
     activity: Callable[[], Activity] = Activity
     standings: Callable[[], tuple[AccountStanding, ...]] = tuple
+    undelivered: Callable[[], int] = int
 
 
 class AgentServer:
@@ -77,13 +84,16 @@ class AgentServer:
         gate: stands before the site's ``answer``.
         path: of the socket; its folder is created with mode 0700, or must have it.
         words: for the operator's status.
+        on_delivered: called with a request that came through this socket when its reply is handed over.
     """
 
-    def __init__(self, gate: Gate, path: Path, *, words: Words = Words()) -> None:
+    def __init__(
+        self, gate: Gate, path: Path, *, words: Words = Words(), on_delivered: Callable[[bytes], None] = untold
+    ) -> None:
         self._path = path
         # One answer at a time passes the gate; the other threads are for status and pause meanwhile.
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=_OPTIONS)
-        add_AgentServicer_to_server(_Servicer(gate, words), self._server)
+        add_AgentServicer_to_server(_Servicer(gate, words, on_delivered), self._server)
 
     def __enter__(self) -> Self:
         """Listen.
@@ -165,8 +175,17 @@ class AgentClient:
         """
         return self._status(self._stub.Drain)
 
-    def _status(self, method: Any) -> AgentStatus:
-        status = self._call(method, Nothing(), _STATUS_SECONDS)
+    def leave(self, *, even_so: bool) -> AgentStatus:
+        """Let the site finish what it answers now, and then end for good.
+
+        Raises:
+            AgentUnavailable: nobody listens.
+            LeaveRefused: answers that were charged for have not been delivered, and ``even_so`` does not say to leave.
+        """
+        return self._status(self._stub.Leave, LeaveRequest(even_so=even_so))
+
+    def _status(self, method: Any, request: Any = _NOTHING) -> AgentStatus:
+        status = self._call(method, request, _STATUS_SECONDS)
         return AgentStatus(
             mode=Mode(status.mode),
             answering=status.answering,
@@ -174,32 +193,38 @@ class AgentClient:
             link=status.link,
             activity=Activity(job=status.job, stage=status.stage, refusal=status.refusal),
             budgets=tuple((one.cohort, one.side, one.epsilon, one.ceiling) for one in status.budgets),
+            undelivered=status.undelivered,
         )
 
     def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:
         try:
             return method(request, timeout=timeout_seconds)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise LeaveRefused(error.details()) from error
             raise AgentUnavailable(f"site at {self._path}: {error.code().name}: {error.details()}") from error
 
 
 class _Servicer(AgentServicer):  # type: ignore[misc]  # generated code has no types
-    """The five calls of agent.proto, answered by one gate."""
+    """The calls of agent.proto, answered by one gate."""
 
-    def __init__(self, gate: Gate, words: Words) -> None:
+    def __init__(self, gate: Gate, words: Words, on_delivered: Callable[[bytes], None]) -> None:
         self._gate = gate
         self._words = words
+        self._on_delivered = on_delivered
 
     def Answer(self, request: AnswerRequest, context: grpc.ServicerContext) -> AnswerReply:  # noqa: N802 -- gRPC's name
         try:
-            return AnswerReply(envelope=self._gate.answer(request.envelope))
+            reply = AnswerReply(envelope=self._gate.answer(request.envelope))
         except SiteClosed as error:
             context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except Exception:
             # A door: the caller may be foreign code, so it gets no trace; the operator finds it in the log.
             logger.exception("the site could not answer a request on its socket")
             context.abort(grpc.StatusCode.INTERNAL, "the site could not answer; its operator has the reason")
-        raise AssertionError("context.abort raises")
+        # As far as can be told here: whoever asked, asks again if it was lost on the way.
+        self._on_delivered(request.envelope)
+        return reply
 
     def Status(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
         del request, context
@@ -222,6 +247,7 @@ class _Servicer(AgentServicer):  # type: ignore[misc]  # generated code has no t
             stage=activity.stage,
             refusal=activity.refusal,
             budgets=budgets,
+            undelivered=self._words.undelivered(),
         )
 
     def Pause(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
@@ -235,6 +261,30 @@ class _Servicer(AgentServicer):  # type: ignore[misc]  # generated code has no t
     def Drain(self, request: Nothing, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
         self._gate.drain()
         return self.Status(request, context)
+
+    def Leave(self, request: LeaveRequest, context: grpc.ServicerContext) -> SiteStatus:  # noqa: N802
+        waiting = self._words.undelivered()
+        if waiting and not request.even_so:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, undelivered_words(waiting))
+        return self.Drain(Nothing(), context)
+
+
+def undelivered_words(answers: int) -> str:
+    """Why a site with so many undelivered answers does not leave."""
+    return (
+        f"{answers} answers that were charged for were not seen to reach the coordinator; let the node run until they "
+        "did, or leave with --undelivered, and their privacy was spent for nothing"
+    )
+
+
+def listens(path: Path) -> bool:
+    """Whether a site's process listens on the socket at ``path``."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+    return True
 
 
 def _claim(path: Path) -> None:
@@ -250,10 +300,9 @@ def _claim(path: Path) -> None:
         raise DocumentRefused(f"socket folder {path.parent}: others may enter; run chmod 700 {path.parent}")
     if not path.exists():
         return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise DocumentRefused(f"socket {path}: a file of another kind is there; move it away")
     # gRPC would silently take over the socket of a site that still runs.
-    with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionRefusedError):
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise DocumentRefused(f"socket {path}: a file of another kind is there; move it away")
-        probe.connect(str(path))
+    if listens(path):
         raise DocumentRefused(f"socket {path}: the site's process already listens there; stop it first")
     path.unlink()

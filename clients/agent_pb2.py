@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x63lients/agent.proto\x12\x11\x66\x65\x64grade.agent.v1\"\t\n\x07Nothing\"!\n\rAnswerRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x1f\n\x0b\x41nswerReply\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\xa6\x01\n\nSiteStatus\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x11\n\tanswering\x18\x02 \x01(\x08\x12\x10\n\x08\x61nswered\x18\x03 \x01(\x04\x12\x0c\n\x04link\x18\x04 \x01(\t\x12\x0b\n\x03job\x18\x05 \x01(\t\x12\r\n\x05stage\x18\x06 \x01(\t\x12\x0f\n\x07refusal\x18\x07 \x01(\t\x12*\n\x07\x62udgets\x18\x08 \x03(\x0b\x32\x19.fedgrade.agent.v1.Budget\"H\n\x06\x42udget\x12\x0e\n\x06\x63ohort\x18\x01 \x01(\t\x12\x0c\n\x04side\x18\x02 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x03 \x01(\x01\x12\x0f\n\x07\x63\x65iling\x18\x04 \x01(\x01\x32\xe5\x02\n\x05\x41gent\x12J\n\x06\x41nswer\x12 .fedgrade.agent.v1.AnswerRequest\x1a\x1e.fedgrade.agent.v1.AnswerReply\x12\x43\n\x06Status\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatus\x12\x42\n\x05Pause\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatus\x12\x43\n\x06Resume\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatus\x12\x42\n\x05\x44rain\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x63lients/agent.proto\x12\x11\x66\x65\x64grade.agent.v1\"\t\n\x07Nothing\"\x1f\n\x0cLeaveRequest\x12\x0f\n\x07\x65ven_so\x18\x01 \x01(\x08\"!\n\rAnswerRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x1f\n\x0b\x41nswerReply\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\xbb\x01\n\nSiteStatus\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x11\n\tanswering\x18\x02 \x01(\x08\x12\x10\n\x08\x61nswered\x18\x03 \x01(\x04\x12\x0c\n\x04link\x18\x04 \x01(\t\x12\x0b\n\x03job\x18\x05 \x01(\t\x12\r\n\x05stage\x18\x06 \x01(\t\x12\x0f\n\x07refusal\x18\x07 \x01(\t\x12*\n\x07\x62udgets\x18\x08 \x03(\x0b\x32\x19.fedgrade.agent.v1.Budget\x12\x13\n\x0bundelivered\x18\t \x01(\x04\"H\n\x06\x42udget\x12\x0e\n\x06\x63ohort\x18\x01 \x01(\t\x12\x0c\n\x04side\x18\x02 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x03 \x01(\x01\x12\x0f\n\x07\x63\x65iling\x18\x04 \x01(\x01\x32\xae\x03\n\x05\x41gent\x12J\n\x06\x41nswer\x12 .fedgrade.agent.v1.AnswerRequest\x1a\x1e.fedgrade.agent.v1.AnswerReply\x12\x43\n\x06Status\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatus\x12\x42\n\x05Pause\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatus\x12\x43\n\x06Resume\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatus\x12\x42\n\x05\x44rain\x12\x1a.fedgrade.agent.v1.Nothing\x1a\x1d.fedgrade.agent.v1.SiteStatus\x12G\n\x05Leave\x12\x1f.fedgrade.agent.v1.LeaveRequest\x1a\x1d.fedgrade.agent.v1.SiteStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NOTHING']._serialized_start=42
   _globals['_NOTHING']._serialized_end=51
-  _globals['_ANSWERREQUEST']._serialized_start=53
-  _globals['_ANSWERREQUEST']._serialized_end=86
-  _globals['_ANSWERREPLY']._serialized_start=88
-  _globals['_ANSWERREPLY']._serialized_end=119
-  _globals['_SITESTATUS']._serialized_start=122
-  _globals['_SITESTATUS']._serialized_end=288
-  _globals['_BUDGET']._serialized_start=290
-  _globals['_BUDGET']._serialized_end=362
-  _globals['_AGENT']._serialized_start=365
-  _globals['_AGENT']._serialized_end=722
+  _globals['_LEAVEREQUEST']._serialized_start=53
+  _globals['_LEAVEREQUEST']._serialized_end=84
+  _globals['_ANSWERREQUEST']._serialized_start=86
+  _globals['_ANSWERREQUEST']._serialized_end=119
+  _globals['_ANSWERREPLY']._serialized_start=121
+  _globals['_ANSWERREPLY']._serialized_end=152
+  _globals['_SITESTATUS']._serialized_start=155
+  _globals['_SITESTATUS']._serialized_end=342
+  _globals['_BUDGET']._serialized_start=344
+  _globals['_BUDGET']._serialized_end=416
+  _globals['_AGENT']._serialized_start=419
+  _globals['_AGENT']._serialized_end=849
 # @@protoc_insertion_point(module_scope)

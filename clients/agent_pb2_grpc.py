@@ -59,6 +59,11 @@ class AgentStub:
                 request_serializer=clients_dot_agent__pb2.Nothing.SerializeToString,
                 response_deserializer=clients_dot_agent__pb2.SiteStatus.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/fedgrade.agent.v1.Agent/Leave',
+                request_serializer=clients_dot_agent__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=clients_dot_agent__pb2.SiteStatus.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -96,6 +101,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """Drain for good. FAILED_PRECONDITION while answers that were charged for have not been delivered, unless told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -122,6 +134,11 @@ def add_AgentServicer_to_server(servicer, server):
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
                     request_deserializer=clients_dot_agent__pb2.Nothing.FromString,
+                    response_serializer=clients_dot_agent__pb2.SiteStatus.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=clients_dot_agent__pb2.LeaveRequest.FromString,
                     response_serializer=clients_dot_agent__pb2.SiteStatus.SerializeToString,
             ),
     }
@@ -259,6 +276,33 @@ class Agent:
             target,
             '/fedgrade.agent.v1.Agent/Drain',
             clients_dot_agent__pb2.Nothing.SerializeToString,
+            clients_dot_agent__pb2.SiteStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedgrade.agent.v1.Agent/Leave',
+            clients_dot_agent__pb2.LeaveRequest.SerializeToString,
             clients_dot_agent__pb2.SiteStatus.FromString,
             options,
             channel_credentials,

@@ -15,6 +15,8 @@ from clients.agent import AgentClient, AgentServer, AgentStatus, Words
 from clients.approval_commands import approve, decline, jobs
 from clients.gate import Gate
 from clients.join_commands import init, join, request
+from clients.leave_command import leave
+from clients.leaving import require_not_left
 from clients.node import LinkState, log_state, serve
 from clients.settings import read_site
 from fedgrade.errors import DocumentRefused
@@ -31,7 +33,7 @@ def site() -> None:
     """Run this partner's node, and look after it."""
 
 
-for _command in (init, request, join, jobs, approve, decline):
+for _command in (init, request, join, jobs, approve, decline, leave):
     site.add_command(_command)
 
 
@@ -46,6 +48,7 @@ def up(site_file: Path) -> None:
 
     configure_logs(logging.INFO)
     settings = read_site(site_file)
+    require_not_left(settings)
     # First of all: a site that has not joined yet should not load a network to say so.
     where = settings.link
     torch.set_num_threads(settings.settings.threads)
@@ -55,10 +58,15 @@ def up(site_file: Path) -> None:
         signal.signal(number, lambda *_: stop.set())
     link = _LinkWord()
     gate = Gate(partner.answer)
-    words = Words(link=link.read, activity=lambda: partner.activity, standings=lambda: partner.standings)
-    with charging, AgentServer(gate, settings.socket, words=words):
+    words = Words(
+        link=link.read,
+        activity=lambda: partner.activity,
+        standings=lambda: partner.standings,
+        undelivered=lambda: partner.undelivered,
+    )
+    with charging, AgentServer(gate, settings.socket, words=words, on_delivered=partner.delivered):
         threading.Thread(target=_stop_when_drained, args=(gate, stop), daemon=True).start()
-        serve(where, gate.answer, stop=stop, on_state=link.write)
+        serve(where, gate.answer, stop=stop, on_state=link.write, on_delivered=partner.delivered)
 
 
 @site.command(epilog="Example: fedgrade site status --watch site.yaml")

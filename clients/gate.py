@@ -12,6 +12,10 @@ from fedgrade.errors import MessageRefused
 Answer = Callable[[bytes], bytes]
 
 
+def untold(_request: bytes) -> None:
+    """Where nobody wants to know which request's reply was delivered."""
+
+
 class Mode(StrEnum):
     """What the operator last asked for."""
 

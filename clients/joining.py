@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from clients.leaving import take_back
 from clients.node_key import create_node_key
 from clients.settings import SiteFolder, SiteSettings, read_own_file, read_site
 from clients.templates import PolicyValues, SiteValues, policy_yaml, quoted, site_yaml
@@ -129,6 +130,7 @@ def join(site_file: Path, raw: bytes, *, approve: Callable[[PublicKey], None]) -
     write_durably(site.path(site.settings.roster), encode(bundle.roster))
     # Last: as long as it is missing, the same bundle is taken again.
     write_durably(site.path(BUNDLE), raw)
+    take_back(site)
     known = before.sites if before else {}
     return Joined(
         bundle=bundle,

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
 from clients.fleet import FleetAccess, FleetConnection, LinkDown, LinkRefused, Parcel
-from clients.gate import Answer
+from clients.gate import Answer, untold
 from clients.node_key import load_node_key
 from clients.wire import MAX_MESSAGE_BYTES
 from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused
@@ -102,6 +103,7 @@ class NodeLink:
 
 
 OnState = Callable[[LinkState], None]
+_AnswerOne = Callable[[FleetConnection, Parcel], None]
 
 
 def log_state(state: LinkState) -> None:
@@ -109,7 +111,14 @@ def log_state(state: LinkState) -> None:
     logger.info("link %s: %s", state.phase, state.detail)
 
 
-def serve(link: NodeLink, answer: Answer, *, stop: threading.Event, on_state: OnState = log_state) -> None:
+def serve(
+    link: NodeLink,
+    answer: Answer,
+    *,
+    stop: threading.Event,
+    on_state: OnState = log_state,
+    on_delivered: Callable[[bytes], None] = untold,
+) -> None:
     """Answer the SuperLink's messages until ``stop`` is set.
 
     Args:
@@ -117,6 +126,7 @@ def serve(link: NodeLink, answer: Answer, *, stop: threading.Event, on_state: On
         answer: from request bytes to reply bytes; if it raises, the sender gets one line and no reply.
         stop: ends the loop within about a second, or when the answer under way has been sent.
         on_state: called when the phase or its detail changes, from this thread.
+        on_delivered: called with a request whose reply the SuperLink has taken, from this thread.
 
     Raises:
         DocumentRefused: key or certificate cannot be read; nothing is retried, since nobody would come to mend it.
@@ -131,12 +141,13 @@ def serve(link: NodeLink, answer: Answer, *, stop: threading.Event, on_state: On
     # httpx writes a line for each request at INFO: twenty a second while a run is on.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     tell = _OnChange(on_state)
+    answer_one = partial(_answer_one, answer=answer, stop=stop, on_delivered=on_delivered)
     delay = _FIRST_RETRY_SECONDS
     while not stop.is_set():
         tell(LinkPhase.CONNECTING, link.address)
         began = time.monotonic()
         try:
-            _one_connection(link, access, answer, stop, tell)
+            _one_connection(link, access, answer_one, stop, tell)
         except LinkDown as error:
             tell(LinkPhase.UNREACHABLE, str(error))
         except LinkRefused as error:
@@ -169,7 +180,7 @@ class _OnChange:
 
 
 def _one_connection(
-    link: NodeLink, access: FleetAccess, answer: Answer, stop: threading.Event, tell: _OnChange
+    link: NodeLink, access: FleetAccess, answer_one: _AnswerOne, stop: threading.Event, tell: _OnChange
 ) -> None:
     """Serve until the link fails or ``stop`` is set."""
     connection = FleetConnection(access)
@@ -181,7 +192,9 @@ def _one_connection(
         heart.start()
         while not stop.is_set() and not lost.is_set():
             try:
-                _poll(connection, link, answer, stop=stop, lost=lost, on_contact=lambda: tell(LinkPhase.ONLINE, word))
+                _poll(
+                    connection, link, answer_one, stop=stop, lost=lost, on_contact=lambda: tell(LinkPhase.ONLINE, word)
+                )
             except LinkDown as error:
                 # Not a reason to sign on anew: a SuperLink that comes back still holds this node for online, and
                 # refuses whoever signs on in its name until the heartbeat has been missing for a while.
@@ -239,7 +252,7 @@ def _beat(connection: FleetConnection, link: NodeLink, lost: threading.Event) ->
 def _poll(
     connection: FleetConnection,
     link: NodeLink,
-    answer: Answer,
+    answer_one: _AnswerOne,
     *,
     stop: threading.Event,
     lost: threading.Event,
@@ -255,14 +268,21 @@ def _poll(
             parcel = None
         on_contact()
         if parcel is not None:
-            _answer_one(connection, parcel, answer, stop)
+            answer_one(connection, parcel)
             last = time.monotonic()
             continue
         quiet = time.monotonic() - last
         stop.wait(min(link.idle_poll_seconds, max(link.busy_poll_seconds, _POLL_SHARE * quiet)))
 
 
-def _answer_one(connection: FleetConnection, parcel: Parcel, answer: Answer, stop: threading.Event) -> None:
+def _answer_one(
+    connection: FleetConnection,
+    parcel: Parcel,
+    *,
+    answer: Answer,
+    stop: threading.Event,
+    on_delivered: Callable[[bytes], None],
+) -> None:
     """Fetch, answer, send, let the SuperLink forget. A failure ends this message and not the node."""
     try:
         request = _patiently(lambda: connection.fetch(parcel), stop)
@@ -287,7 +307,12 @@ def _answer_one(connection: FleetConnection, parcel: Parcel, answer: Answer, sto
             stop,
         )
         return
-    _send(connection, lambda: connection.reply(parcel, reply), parcel, stop)
+
+    def deliver() -> None:
+        connection.reply(parcel, reply)
+        on_delivered(request)
+
+    _send(connection, deliver, parcel, stop)
 
 
 def _send(connection: FleetConnection, send: Callable[[], None], parcel: Parcel, stop: threading.Event) -> None:

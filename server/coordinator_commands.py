@@ -99,17 +99,28 @@ def enrol(folder: Path, join_request: Path, fingerprint: str | None) -> None:
 
 @click.command(epilog='Example: fedgrade revoke federation recycler-a --reason "key was stolen"')
 @click.argument("folder", type=EXISTING)
-@click.argument("site")
-@click.option("--reason", required=True, help="Why, in one line; auditors read it.")
-def revoke(folder: Path, site: str, reason: str) -> None:
+@click.argument("site", required=False)
+@click.option("--reason", help="Why, in one line; auditors read it.")
+@click.option(
+    "--notice", type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="The partner's own leave notice, in place of SITE and --reason.",
+)  # fmt: skip
+def revoke(folder: Path, site: str | None, reason: str | None, notice: Path | None) -> None:
     """Take SITE off the roster of FOLDER, for good: a SuperLink that runs refuses it at once, also in mid-round.
 
-    What it contributed before stays in the ledger and in the models. Neither its name nor its key comes back.
+    What it contributed before stays in the ledger and in the models. Neither its name nor its key comes back. A partner
+    that leaves by itself writes a notice with `fedgrade site leave`; it is checked, kept, and named as the reason.
     """
-    from server.enrolment import revoke as take_off_roster  # noqa: PLC0415
+    own, began = CoordinatorFolder(root=folder), time.monotonic()
+    if notice is not None and site is None and reason is None:
+        name = _revoked_by(own, notice)
+    elif notice is None and site is not None and reason is not None:
+        from server.enrolment import revoke as take_off_roster  # noqa: PLC0415
 
-    own, name, began = CoordinatorFolder(root=folder), site_id(site), time.monotonic()
-    take_off_roster(own, name, reason=reason, now=datetime.now(UTC))
+        name = site_id(site)
+        take_off_roster(own, name, reason=reason, now=datetime.now(UTC))
+    else:
+        raise click.UsageError("give either SITE and --reason, or --notice, which says both")
     click.echo(f"{name} is revoked{_taken_note_of(folder, name, enrolled=False)} ({time.monotonic() - began:.1f} s)")
     click.echo(f"Give every partner the new {own.bundle}")
 
@@ -155,6 +166,14 @@ def stop(folder: Path) -> None:
         click.echo(f"run {runs[0]} stopped")
     else:
         click.echo(f"run {runs[0]} is stopped; its process has not ended yet")
+
+
+def _revoked_by(folder: CoordinatorFolder, notice: Path) -> SiteId:
+    from server.leaving import revoke_by_notice  # noqa: PLC0415
+
+    if notice.stat().st_size > MAX_PAPER_BYTES:
+        raise DocumentRefused(f"{notice}: over {MAX_PAPER_BYTES} bytes; a leave notice is smaller")
+    return revoke_by_notice(folder, notice.read_bytes(), now=datetime.now(UTC)).site
 
 
 def _own(folder: CoordinatorFolder) -> str:

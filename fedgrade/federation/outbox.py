@@ -1,9 +1,12 @@
 """Replies that have left or may have: asked again, the same bytes go out. Fresh noise would be a second release."""
 
+import logging
 import os
 from pathlib import Path
 
 from fedgrade.errors import LedgerUnavailable
+
+logger = logging.getLogger(__name__)
 
 KEPT_REPLIES = 256
 
@@ -29,6 +32,8 @@ class Outbox:
         path = self._path(request_digest)
         temporary = path.with_suffix(".part")
         try:
+            # Before the reply: one that is there without a mark was delivered.
+            self._mark(request_digest).touch()
             with temporary.open("wb") as file:
                 file.write(reply)
                 file.flush()
@@ -39,11 +44,27 @@ class Outbox:
             temporary.unlink(missing_ok=True)
             raise LedgerUnavailable(f"outbox {path}: could not be written ({error.strerror})") from error
 
+    def delivered(self, request_digest: str) -> None:
+        """The reply has reached whoever carries it to the coordinator. Nothing rests on this but what operators see."""
+        try:
+            self._mark(request_digest).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("outbox %s: %s", self._folder, error.strerror)
+
+    @property
+    def undelivered(self) -> int:
+        """How many replies are kept that nobody was seen to take; asked for again, they go out."""
+        return sum(mark.with_suffix(".reply").exists() for mark in self._folder.glob("*.pending"))
+
     def _forget_oldest(self) -> None:
         """Keep the newest replies alone; a coordinator that asks for an older one is told to try a further attempt."""
         replies = sorted(self._folder.glob("*.reply"), key=lambda path: path.stat().st_mtime_ns)
         for path in replies[:-KEPT_REPLIES]:
             path.unlink(missing_ok=True)
+            path.with_suffix(".pending").unlink(missing_ok=True)
+
+    def _mark(self, request_digest: str) -> Path:
+        return self._folder / f"{request_digest}.pending"
 
     def _path(self, request_digest: str) -> Path:
         return self._folder / f"{request_digest}.reply"

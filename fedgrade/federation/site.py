@@ -116,6 +116,15 @@ class Site:
         """What is spent of each account; may be asked at any time, by any thread."""
         return standings_of(self._charging)
 
+    @property
+    def undelivered(self) -> int:
+        """How many answers that were charged for have not been seen to leave this machine."""
+        return self._outbox.undelivered
+
+    def delivered(self, raw: bytes) -> None:
+        """The reply to the message ``raw`` has left this machine; whoever carries it says so, any thread."""
+        self._outbox.delivered(digest(raw))
+
     def answer(self, raw: bytes) -> bytes:
         """The signed reply to the message ``raw``: what was asked for, or a refusal that says why. Never raises.
 

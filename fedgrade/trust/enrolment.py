@@ -1,6 +1,6 @@
-"""How strangers get to know each other: a partner's join request, a coordinator's bundle, and who belonged when.
+"""How strangers get to know each other, and part: a partner's join request and leave notice, a coordinator's bundle.
 
-Both papers are signed by the key that they name. That proves that whoever wrote them holds the key, and nothing about
+Each paper is signed by the key that it names. That proves that whoever wrote them holds the key, and nothing about
 who that is: two people compare :attr:`~fedgrade.trust.identity.PublicKey.fingerprint` over another channel.
 """
 
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedgrade.errors import DocumentRefused, FedgradeError, SignatureRefused
-from fedgrade.trust.canonical import decode, encode
+from fedgrade.trust.canonical import decode, digest, encode
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import PublicKey, Roster, SigningKey, SiteId, site_id
 from fedgrade.trust.records import COORDINATOR, UTC_TIME, Enrolled, Revoked
@@ -27,6 +27,7 @@ MAX_PAPER_BYTES: Final = 2**20
 MAX_DECLARED_ITEMS: Final = 10**9
 _ADDRESS: Final = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9a-fA-F:]{2,45}\]):([0-9]{1,5})")
 _MAX_PORT: Final = 65535
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class EnrolmentRefused(FedgradeError):
@@ -107,6 +108,31 @@ class JoinBundle:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeaveNotice:
+    """What a partner says when it leaves; all of it public.
+
+    Attributes:
+        schema: of this document.
+        site: who leaves.
+        key: the key that speaks for it, and that signs this notice.
+        roster: SHA-256 of the roster that it held, in its canonical form: whom it leaves, and that it knew them.
+        made: when, by the partner's clock (UTC); a join request that is newer takes it back.
+    """
+
+    schema: Literal["fedgrade/leave-notice/1"] = "fedgrade/leave-notice/1"
+    site: SiteId
+    key: PublicKey
+    roster: str
+    made: str
+
+    def __post_init__(self) -> None:
+        site_id(self.site)
+        if not _SHA256.fullmatch(self.roster):
+            raise DocumentRefused(f"leave notice: roster {self.roster[:80]!r} is no SHA-256")
+        _require_time(self.made, what="leave notice: made")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Paper:
     """A document beside the key that is said to have signed it."""
 
@@ -126,6 +152,20 @@ def read_request(raw: bytes, *, what: str = "join request") -> JoinRequest:
         DocumentRefused, SignatureRefused: it is no such request, or was altered.
     """
     return _read(raw, as_=JoinRequest, named=lambda request: request.key, what=what)
+
+
+def write_notice(notice: LeaveNotice, key: SigningKey) -> bytes:
+    """``notice`` signed by the key that it names."""
+    return _write(notice, key, named=notice.key)
+
+
+def read_notice(raw: bytes, *, what: str = "leave notice") -> LeaveNotice:
+    """The notice in ``raw``, signed by the key that it names.
+
+    Raises:
+        DocumentRefused, SignatureRefused: it is no such notice, or was altered.
+    """
+    return _read(raw, as_=LeaveNotice, named=lambda notice: notice.key, what=what)
 
 
 def write_bundle(bundle: JoinBundle, key: SigningKey) -> bytes:
@@ -199,12 +239,17 @@ class Membership:
                 )
 
 
+def roster_digest(roster: Roster) -> str:
+    """By which a leave notice names ``roster``."""
+    return digest(encode(roster))
+
+
 def utc_text(now: datetime) -> str:
     """``now`` as ledgers and papers write it."""
     return now.astimezone(UTC).isoformat(timespec="microseconds")
 
 
-def _write(document: JoinRequest | JoinBundle, key: SigningKey, *, named: PublicKey) -> bytes:
+def _write(document: JoinRequest | JoinBundle | LeaveNotice, key: SigningKey, *, named: PublicKey) -> bytes:
     if key.public != named:
         raise SignatureRefused(f"key {key.public.fingerprint}: does not sign for {named.fingerprint}")
     return encode(_Paper(key=key.public, sealed=seal(document, key).decode())) + b"\n"
