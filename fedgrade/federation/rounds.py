@@ -81,6 +81,8 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
 
     Raises:
         RoundFailed: fewer sites than ``aggregation.minimum_sites`` answered; the checkpoint before it stands.
+        LedgerBroken: the coordinator's ledger is older than the checkpoint.
+        StoreUnavailable: what must be kept could not be; the checkpoint before it stands.
     """
     exchange = Exchange(
         job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds, hear=coordinator.hear
@@ -89,6 +91,7 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     if state.closing is not None:
         # A crash between checkpoint and ledger; nobody needs to be asked again.
         log.close_round(state.closing, now=coordinator.clock())
+    log.require_closed(job, stages[: state.next_stage])
     conversation = Conversation(exchange, key=coordinator.key, ledger=log.sealed_head, store=store)
     stood = log.stood(job, stages[: state.next_stage])
     conversation.admit(stood=stood, patience_seconds=coordinator.admission_seconds)
@@ -147,6 +150,19 @@ class RoundLog:
             if closed := self._closed.get((job.digest, stage.purpose, stage.round_index)):
                 stood.update(closed.ledgers)
         return stood
+
+    def require_closed(self, job: TrainingJob, stages: Iterable[Stage]) -> None:
+        """Return if each of ``stages`` of ``job``, which are done, stands in the ledger.
+
+        Raises:
+            LedgerBroken: one does not; nobody should pay for stages that no verifier would accept.
+        """
+        for stage in stages:
+            if (job.digest, stage.purpose, stage.round_index) not in self._closed:
+                raise LedgerBroken(
+                    f"{stage.purpose} round {stage.round_index}: is done by the checkpoint, and the coordinator's "
+                    "ledger does not have it: it was rolled back; restore its newest copy"
+                )
 
     def close_round(self, closed: RoundClosed, *, now: datetime) -> None:
         """Record one stage, once.

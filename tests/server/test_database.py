@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedgrade.errors import DocumentRefused
+from fedgrade.errors import DocumentRefused, LedgerBroken
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.store import Below, Folder
 from fedgrade.federation.verification import verify_federation
@@ -320,6 +320,21 @@ def test_another_machine_goes_on_with_key_ledger_and_settings_alone(coordinated,
     with moved.cohort() as cohort:
         moved.run(cohort)
     assert moved.outcome(job) == moved.in_files(job)
+
+
+def test_an_old_copy_of_the_ledger_is_refused_beside_a_newer_checkpoint(coordinated):
+    ledger, older = coordinated.folder.ledger, []
+    coordinated.begin()
+
+    def copy():
+        older.append(ledger.read_bytes())
+
+    with coordinated.cohort() as cohort:
+        with pytest.raises(PowerCutError):
+            coordinated.run(Meddled(Meddled(cohort, copy, at=2), burn, at=4))
+        ledger.write_bytes(older[0])
+        with pytest.raises(LedgerBroken, match=r"centre round 0: is done by the checkpoint.*restore its newest copy"):
+            coordinated.run(Meddled(cohort, burn, at=1))
 
 
 def test_copies_that_were_lost_or_altered_are_made_again_before_a_run(coordinated):
