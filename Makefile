@@ -10,7 +10,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check browser bench soak clean
+.PHONY: help demo test check browser postgres bench soak clean
 # Targets share one environment and two processors.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -22,7 +22,7 @@ demo: $(DEMO)  ## Five recyclers train one model on real photos, privately; ARGS
 	$(BIN)/fedgrade demo $(ARGS)
 
 # A file's tests share what their module sets up, so a file stays with one process; more than four only wait for memory.
-test: check browser  ## Everything that must hold: make check, then all tests but the slow ones, with coverage
+test: check browser postgres  ## Everything that must hold: make check, then all tests but the slow ones, with coverage
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
 		--cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
@@ -67,3 +67,11 @@ browser:
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
 			|| echo "Chromium could not be installed with apt-get: browser tests skip."; \
 	else echo "No Chromium here, and no right to install one: browser tests skip."; fi
+
+# One test file starts a PostgreSQL server of its own; without its programs it skips.
+postgres:
+	@if command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends postgresql >/dev/null; } \
+			|| echo "PostgreSQL could not be installed with apt-get: its tests skip."; \
+	else echo "No PostgreSQL server here, and no right to install one: its tests skip."; fi
