@@ -48,11 +48,14 @@ def attached(root: Path) -> Iterator["Control"]:
         raise NotServing(f"{root}: its SuperLink is still starting; try again in a moment")
     from server.control import Control  # noqa: PLC0415 - Flower takes a second
 
-    superlink = root / "superlink"
-    with Control(
-        listening.admin, authority=superlink / "ca.pem", token=read_private(superlink / "token").strip()
-    ) as control:
+    token = read_private(root / "superlink" / "token").strip()
+    with Control(listening.admin, authority=admin_authority(root), token=token) as control:
         yield control
+
+
+def admin_authority(root: Path) -> Path:
+    """The certificate by which the coordinator's own tools know the SuperLink that serves ``root``, on loopback."""
+    return root / "superlink" / "admin" / "ca.pem"
 
 
 def is_served(root: Path) -> bool:

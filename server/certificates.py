@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -32,7 +33,8 @@ class ServerCertificates:
     """Where the SuperLink's TLS files lie.
 
     Attributes:
-        authority: certificate of the private authority; partners need a copy and nothing else.
+        authority: certificate of the private authority; partners need a copy and nothing else. While one authority
+            takes over from another, both, and first the one that signs.
         certificate: the SuperLink's certificate, signed by the authority.
         key: the SuperLink's private key, mode 0600.
     """
@@ -44,6 +46,8 @@ class ServerCertificates:
 
 def certify(folder: Path, hosts: Sequence[str], *, now: datetime) -> ServerCertificates:
     """A SuperLink certificate for ``hosts`` and loopback in ``folder``, by an authority that also lives there.
+
+    Names that the certificate had before stay in it: whoever goes by an older address still finds the SuperLink.
 
     Args:
         folder: holds ``ca.pem``, ``ca.key``, ``server.pem`` and ``server.key``; created with mode 0700.
@@ -58,12 +62,75 @@ def certify(folder: Path, hosts: Sequence[str], *, now: datetime) -> ServerCerti
     paths = ServerCertificates(
         authority=folder / "ca.pem", certificate=folder / "server.pem", key=folder / "server.key"
     )
-    authority_key, server_key = _ensure_key(folder / "ca.key"), _ensure_key(paths.key)
-    if not _still_good(paths.authority, authority_key, [], now=now):
-        _replace(paths.authority, _authority(authority_key, now=now))
-    if not _still_good(paths.certificate, server_key, names, now=now):
-        _replace(paths.certificate, _server(server_key, authority_key, names, now=now))
+    authorities, authority_key = _standing_authorities(folder, now=now)
+    server_key = _ensure_key(paths.key)
+    if not _still_good(paths.certificate, server_key, names, issuer=authorities[0], now=now):
+        names = list(dict.fromkeys([*names, *_names_of(paths.certificate)]))
+        _replace(paths.certificate, _server(server_key, authority_key, names, issuer=authorities[0], now=now))
     return paths
+
+
+def read_authorities(folder: Path) -> list[x509.Certificate]:
+    """The authorities in ``folder``: first the one that signs, then those that partners trust besides; none, or some.
+
+    Raises:
+        DocumentRefused: the file holds something else.
+    """
+    path = folder / "ca.pem"
+    if not path.exists():
+        return []
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except ValueError as error:
+        raise DocumentRefused(f"{path}: no certificates in PEM form; restore it from your backup") from error
+
+
+def write_authorities(folder: Path, authorities: Sequence[x509.Certificate]) -> None:
+    """``ca.pem`` in ``folder`` holds ``authorities``, in this order."""
+    pem = [one.public_bytes(serialization.Encoding.PEM) for one in authorities]
+    _replace(folder / "ca.pem", b"".join(pem))
+
+
+def new_authority(key_file: Path, *, name: str, now: datetime) -> x509.Certificate:
+    """A certificate for the authority whose key is in ``key_file``, which is made if it does not exist."""
+    return _authority(_ensure_key(key_file), _name(name), now=now)
+
+
+def authority_key_file(folder: Path, authority: x509.Certificate) -> Path:
+    """Where in ``folder`` the private key of ``authority`` is.
+
+    Raises:
+        DocumentRefused: nowhere.
+    """
+    for path in sorted(folder.glob("ca*.key")):
+        if _ensure_key(path).public_key() == authority.public_key():
+            return path
+    raise DocumentRefused(
+        f"{folder}: none of its ca*.key belongs to an authority in ca.pem; restore it from your backup"
+    )
+
+
+def _standing_authorities(folder: Path, *, now: datetime) -> tuple[list[x509.Certificate], ec.EllipticCurvePrivateKey]:
+    """The authorities, of which the first is good for another month, and the key of that one."""
+    authorities = read_authorities(folder)
+    if authorities:
+        key = _ensure_key(authority_key_file(folder, authorities[0]))
+        first = authorities[0]
+        if first.not_valid_after_utc <= now + _RENEW_BEFORE:
+            first = _authority(key, first.subject, now=now)
+        current = [first, *(one for one in authorities[1:] if one.not_valid_after_utc > now)]
+    else:
+        keys = sorted(folder.glob("ca*.key"))
+        if len(keys) > 1:
+            raise DocumentRefused(
+                f"{folder}: ca.pem is gone, and there are several ca*.key; restore it from your backup"
+            )
+        path = keys[0] if keys else folder / "ca.key"
+        key = _ensure_key(path)
+        current = [new_authority(path, name="fedgrade authority", now=now)]
+    if current != authorities:
+        write_authorities(folder, current)
+    return current, key
 
 
 def create_node_key(path: Path) -> Path:
@@ -127,34 +194,43 @@ def _ensure_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _still_good(
-    path: Path, key: ec.EllipticCurvePrivateKey, names: Sequence[x509.GeneralName], *, now: datetime
+    path: Path,
+    key: ec.EllipticCurvePrivateKey,
+    names: Sequence[x509.GeneralName],
+    *,
+    issuer: x509.Certificate,
+    now: datetime,
 ) -> bool:
-    """Whether ``path`` certifies ``key`` for all of ``names`` for another month."""
-    if not path.exists():
-        return False
+    """Whether ``path`` certifies ``key``, by ``issuer``, for all of ``names`` for another month."""
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
-        covered = (
-            set(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) if names else set()
-        )
-    except (ValueError, x509.ExtensionNotFound):
+        certificate.verify_directly_issued_by(issuer)
+    except (OSError, ValueError, TypeError, InvalidSignature):
         return False
     return (
         certificate.public_key() == key.public_key()
         and certificate.not_valid_after_utc > now + _RENEW_BEFORE
-        and covered.issuperset(names)
+        and set(_names_of(path)).issuperset(names)
     )
 
 
-def _authority(key: ec.EllipticCurvePrivateKey, *, now: datetime) -> bytes:
-    name = _name("fedgrade authority")
+def _names_of(path: Path) -> list[x509.GeneralName]:
+    """What the certificate at ``path`` is for; nothing where there is none."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except (OSError, ValueError, x509.ExtensionNotFound):
+        return []
+
+
+def _authority(key: ec.EllipticCurvePrivateKey, name: x509.Name, *, now: datetime) -> x509.Certificate:
     builder = (
         _builder(name, name, key.public_key(), now=now, life=_AUTHORITY_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    return builder.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
+    return builder.sign(key, hashes.SHA384())
 
 
 def _server(
@@ -162,10 +238,11 @@ def _server(
     authority_key: ec.EllipticCurvePrivateKey,
     names: Sequence[x509.GeneralName],
     *,
+    issuer: x509.Certificate,
     now: datetime,
 ) -> bytes:
     builder = (
-        _builder(_name("superlink"), _name("fedgrade authority"), key.public_key(), now=now, life=_SERVER_LIFE)
+        _builder(_name("superlink"), issuer.subject, key.public_key(), now=now, life=_SERVER_LIFE)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)

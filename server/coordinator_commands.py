@@ -14,6 +14,7 @@ from fedgrade.cli.out_of_band import require_fingerprint
 from fedgrade.errors import DocumentRefused
 from fedgrade.trust.enrolment import MAX_PAPER_BYTES, JoinRequest
 from fedgrade.trust.identity import SigningKey, SiteId, site_id
+from server.authority_command import rotate_authority
 from server.coordinator_file import ADMIN_PORT, FILES, PUBLIC_PORT, CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder
 
@@ -48,6 +49,9 @@ def init(folder: Path, host: str, public_port: int, admin_port: int, interface: 
     public = create_coordinator(folder, settings, now=datetime.now(UTC))
     click.echo(f"{folder}: a coordinator at {settings.address}, with nobody on its roster yet")
     click.echo(f"Tell every partner, over another channel, its fingerprint: {public.fingerprint}")
+
+
+coordinator.add_command(rotate_authority)
 
 
 @click.command(epilog="Example: fedgrade serve federation")

@@ -25,7 +25,8 @@ from fedgrade.errors import FedgradeError
 from fedgrade.trust.identity import SiteId
 from server import keeper
 from server.app import RUN_DIRECTORY
-from server.certificates import ServerCertificates, certify
+from server.attached import admin_authority
+from server.certificates import certify
 from server.control import Control, ControlRefused, RunStatus
 from server.nodes_file import NAME, read_nodes, write_nodes
 from server.private_files import ensure_token, read_private
@@ -73,6 +74,7 @@ class Deployment:
         run_directory: absolute; secrets, certificates, database, logs, ``nodes.json`` and FLWR_HOME lie below it.
         address: ``host:port`` for partners.
         authority: the certificate that partners need.
+        admin_authority: the certificate that the coordinator's own tools need.
     """
 
     def __init__(self, run_directory: Path, *, listen: Listen = Listen()) -> None:
@@ -86,6 +88,7 @@ class Deployment:
         self._listen = listen
         self.address = ""
         self.authority = self.run_directory / "superlink" / "ca.pem"
+        self.admin_authority = admin_authority(self.run_directory)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._nodes: dict[SiteId, int] = {}
         self._exit = ExitStack()
@@ -213,7 +216,8 @@ class Deployment:
 
     def _start_superlink(self) -> None:
         folder = self.run_directory / "superlink"
-        self._certificates: ServerCertificates = certify(folder, self._listen.hosts, now=datetime.now(UTC))
+        self._certificates = certify(folder, self._listen.hosts, now=datetime.now(UTC))
+        self._admin_certificates = certify(self.admin_authority.parent, [], now=datetime.now(UTC))
         self._token = ensure_token(folder / "token")
         self._secret = ensure_token(folder / "superexec-secret")
         free = _free_ports(2)
@@ -221,7 +225,7 @@ class Deployment:
         host = next(iter(self._listen.hosts), "127.0.0.1")
         self.address = f"[{host}]:{public}" if ":" in host else f"{host}:{public}"
         self._run_superlink()
-        control = Control(self.admin, authority=self._certificates.authority, token=read_private(self._token))
+        control = Control(self.admin, authority=self.admin_authority, token=read_private(self._token))
         self._control = self._exit.enter_context(control)
         self._wait_for_superlink()
         self._run_superexec()
@@ -232,7 +236,7 @@ class Deployment:
             "superexec",
             [
                 *(str(superexec), "--runtime-api-address", self.admin),
-                *("--root-certificates", str(self._certificates.authority)),
+                *("--root-certificates", str(self.admin_authority)),
                 *("--superexec-auth-secret-file", str(self._secret)),
             ],
             # How long a submitted run waits to be picked up. Each look costs the SuperLink 10 to 20 ms of its one core.
@@ -240,7 +244,7 @@ class Deployment:
         )
 
     def _run_superlink(self) -> None:
-        files = self._certificates
+        files, admin = self._certificates, self._admin_certificates
         host, port = self._listen.interface, self.address.rpartition(":")[2]
         self._spawn(
             "superlink",
@@ -248,7 +252,9 @@ class Deployment:
                 *(sys.executable, "-m", "server.superlink", "--admin-port", str(self._admin_port)),
                 *("--public-host", host, "--public-port", port, "--database", FLWR_IN_MEMORY_DB_NAME),
                 *("--authority", str(files.authority), "--certificate", str(files.certificate)),
-                *("--key", str(files.key), "--token-file", str(self._token)),
+                *("--key", str(files.key), "--admin-authority", str(admin.authority)),
+                *("--admin-certificate", str(admin.certificate), "--admin-key", str(admin.key)),
+                *("--token-file", str(self._token)),
                 *("--superexec-secret-file", str(self._secret)),
                 *("--progress", str(self.run_directory / "coordinator" / "progress.jsonl")),
             ],

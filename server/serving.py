@@ -8,6 +8,7 @@ are registered again, and the run that was on is submitted again, by whoever ser
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Final
 from fedgrade.errors import FedgradeError
 from fedgrade.job import TrainingJob
 from server.app import RUN_DIRECTORY
-from server.attached import Listening, announced, is_held, only_server
+from server.attached import Listening, admin_authority, announced, is_held, only_server
+from server.certificates import certify
 from server.control import Control
 from server.coordinator_file import NAME, read_settings
 from server.coordinator_folder import CoordinatorFolder
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # How soon a running SuperLink takes note of an enrolment or a revocation; a look costs a stat of one file.
 _LOOK_SECONDS: Final = 0.25
+_RENEW_LOOK_SECONDS: Final = 3600.0
 
 
 def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Path], None]) -> None:
@@ -63,6 +66,7 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
             LocalFederation(root=root).connect(deployment.address, deployment.authority)
         nodes, interrupted = _NodeList(deployment.control, folder), _InterruptedRun(deployment.control, folder)
         nodes.bring_up_to_date()
+        certificates = _Certificates(folder)
         with announced(root, Listening(address=deployment.address, admin=deployment.admin)):
             on_up(deployment.address, deployment.authority)
             while not stop.wait(_LOOK_SECONDS):
@@ -74,7 +78,34 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
                     nodes.bring_up_to_date()
                     interrupted = _InterruptedRun(deployment.control, folder)
                 nodes.follow()
+                certificates.follow()
                 interrupted.follow()
+
+
+class _Certificates:
+    """Renews certificates before they end, and when the coordinator's host is another one; the SuperLink follows."""
+
+    def __init__(self, folder: CoordinatorFolder) -> None:
+        self._folder = folder
+        self._seen = version(folder.root / NAME)
+        self._next = time.monotonic() + _RENEW_LOOK_SECONDS
+
+    def follow(self) -> None:
+        """Look once an hour, or when ``coordinator.yaml`` was saved; what fails is tried at the next look."""
+        settings = self._folder.root / NAME
+        if version(settings) == self._seen and time.monotonic() < self._next:
+            return
+        self._seen, self._next = version(settings), time.monotonic() + _RENEW_LOOK_SECONDS
+        now, superlink = datetime.now(UTC), self._folder.root / "superlink"
+        try:
+            certify(admin_authority(self._folder.root).parent, [], now=now)
+            if settings.exists():
+                # The bundle carries address and authority: it follows too.
+                bring_up_to_date(self._folder, now=now)
+            else:
+                certify(superlink, [], now=now)
+        except FedgradeError as error:
+            logger.warning("certificates and bundle are as before: %s", error)
 
 
 class _InterruptedRun:

@@ -41,6 +41,7 @@ from fedgrade.logs import configure_logs
 from server.certificates import ServerCertificates
 from server.enrolled_keys import EnrolledKeys
 from server.listener import GuardedServer, Watch
+from server.live_certificate import follow_certificates
 from server.metrics import Application, Metrics, Receive, Scope, Send
 from server.node_identity import KeyOwnsNode
 from server.private_files import read_private
@@ -78,7 +79,8 @@ class SuperLinkSettings:
         public_host: interface on which partners reach it.
         public_port: port for partners.
         admin_port: port on 127.0.0.1 for the coordinator's own tools.
-        certificates: TLS files, the same for both listeners.
+        certificates: TLS files of the public listener.
+        admin_certificates: of the one on loopback, whose authority is its own: partners' may be replaced meanwhile.
         database: sqlite file; enrolments, runs and messages in flight survive a restart.
         token_file: bearer token of the admin listener.
         superexec_secret_file: shared with ``flower-superexec``.
@@ -89,6 +91,7 @@ class SuperLinkSettings:
     public_port: int
     admin_port: int
     certificates: ServerCertificates
+    admin_certificates: ServerCertificates
     database: Path
     token_file: Path
     superexec_secret_file: Path
@@ -150,7 +153,7 @@ def run(settings: SuperLinkSettings) -> None:
     metrics = Metrics(settings.progress)
     admin = uvicorn.Server(
         _listening(
-            settings,
+            settings.admin_certificates,
             metrics.counted(admin_door(metrics.served(by_path), token), listener="admin"),
             host="127.0.0.1",
             port=settings.admin_port,
@@ -158,7 +161,7 @@ def run(settings: SuperLinkSettings) -> None:
     )
     public = GuardedServer(
         _listening(
-            settings,
+            settings.certificates,
             metrics.counted(public_door(nodes), listener="public"),
             host=settings.public_host,
             port=settings.public_port,
@@ -169,7 +172,14 @@ def run(settings: SuperLinkSettings) -> None:
     )
 
     async def both() -> None:
+        listeners = ((settings.admin_certificates, admin.config), (settings.certificates, public.config))
+        for _, config in listeners:
+            config.load()
+        following = asyncio.create_task(
+            follow_certificates([(files, config.ssl) for files, config in listeners if config.ssl is not None])
+        )
         await asyncio.gather(admin.serve(), public.serve())
+        following.cancel()
 
     # uvicorn's own choice, uvloop where it is installed: plain asyncio is several times slower at TLS.
     with asyncio.Runner(loop_factory=admin.config.get_loop_factory()) as runner:
@@ -186,6 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("authority", "certificate of the private authority, PEM"),
         ("certificate", "the SuperLink's certificate, PEM"),
         ("key", "the SuperLink's private key, PEM, mode 0600"),
+        ("admin-authority", "certificate of the admin listener's own authority, PEM"),
+        ("admin-certificate", "the admin listener's certificate, PEM"),
+        ("admin-key", "the admin listener's private key, PEM, mode 0600"),
         ("database", "sqlite file"),
         ("token-file", "bearer token of the admin listener, mode 0600"),
         ("superexec-secret-file", "secret shared with flower-superexec, mode 0600"),
@@ -201,6 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             public_port=given.public_port,
             admin_port=given.admin_port,
             certificates=ServerCertificates(authority=given.authority, certificate=given.certificate, key=given.key),
+            admin_certificates=ServerCertificates(
+                authority=given.admin_authority, certificate=given.admin_certificate, key=given.admin_key
+            ),
             database=given.database,
             token_file=given.token_file,
             superexec_secret_file=given.superexec_secret_file,
@@ -210,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _lifespan_config(settings: SuperLinkSettings) -> SuperLinkLifespanConfig:
-    files = settings.certificates
+    files = settings.admin_certificates
     return SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,
@@ -262,7 +278,7 @@ def _without(
 
 
 def _listening(
-    settings: SuperLinkSettings, application: Application, *, host: str, port: int, lifespan: str = "on"
+    files: ServerCertificates, application: Application, *, host: str, port: int, lifespan: str = "on"
 ) -> uvicorn.Config:
     return uvicorn.Config(
         application,
@@ -276,8 +292,8 @@ def _listening(
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-        ssl_keyfile=str(settings.certificates.key),
-        ssl_certfile=str(settings.certificates.certificate),
+        ssl_keyfile=str(files.key),
+        ssl_certfile=str(files.certificate),
     )
 
 

@@ -27,6 +27,7 @@ MAX_PAPER_BYTES: Final = 2**20
 MAX_DECLARED_ITEMS: Final = 10**9
 _ADDRESS: Final = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9a-fA-F:]{2,45}\]):([0-9]{1,5})")
 _MAX_PORT: Final = 65535
+_MAX_AUTHORITIES: Final = 2
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -83,7 +84,7 @@ class JoinBundle:
         sequence: grows with each bundle; an older one is never taken again.
         issued: when, by the coordinator's clock (UTC).
         address: ``host:port`` at which nodes reach the coordinator.
-        authority: PEM certificate of its private authority.
+        authority: PEM certificate of its private authority; of both, while one takes over from another.
         roster: who is who; its coordinator's key signs this bundle.
     """
 
@@ -102,9 +103,11 @@ class JoinBundle:
         if found is None or not 1 <= int(found[1]) <= _MAX_PORT:
             raise DocumentRefused(f"bundle: address {self.address[:80]!r}: host:port expected")
         try:
-            x509.load_pem_x509_certificate(self.authority.encode())
+            authorities = x509.load_pem_x509_certificates(self.authority.encode())
         except ValueError as error:
             raise DocumentRefused("bundle: authority is no certificate in PEM form") from error
+        if len(authorities) > _MAX_AUTHORITIES:
+            raise DocumentRefused(f"bundle: {len(authorities)} authorities; at most {_MAX_AUTHORITIES} at a time")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from fedgrade.errors import DocumentRefused
-from server.certificates import certify, create_node_key
+from server.authority import Rotation, Step
+from server.certificates import certify, create_node_key, read_authorities
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -49,6 +51,84 @@ def test_a_certificate_that_no_longer_fits_is_renewed_with_the_same_keys(tmp_pat
     after = {name: (tmp_path / name).read_bytes() for name in before}
     assert {name for name in before if before[name] != after[name]} == {"server.pem"}
     certificate(files.certificate).verify_directly_issued_by(certificate(files.authority))
+
+
+def test_older_names_stay_so_that_partners_with_an_older_bundle_still_connect(tmp_path):
+    certify(tmp_path, ["a.example"], now=NOW)
+    files = certify(tmp_path, ["b.example"], now=NOW)
+    names = certificate(files.certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert set(names.get_values_for_type(x509.DNSName)) == {"a.example", "b.example", "localhost"}
+
+
+def test_an_authority_that_is_about_to_end_is_certified_anew_with_its_key(tmp_path):
+    files = certify(tmp_path, [], now=NOW)
+    before = certificate(files.authority)
+    certify(tmp_path, [], now=NOW + timedelta(days=3640))
+    after = certificate(files.authority)
+    assert after.public_key() == before.public_key()
+    assert after.not_valid_after_utc > before.not_valid_after_utc
+    # Partners who still hold the older one are not cut off.
+    certificate(files.certificate).verify_directly_issued_by(before)
+
+
+def steps(folder):
+    while (rotation := Rotation.of(folder)).next is not Step.FINISH:
+        yield rotation.take(rotation.next, now=NOW)
+    yield rotation.take(Step.FINISH, now=NOW)
+
+
+def test_another_authority_takes_over_in_three_steps(tmp_path):
+    files = certify(tmp_path, ["a.example"], now=NOW)
+    old, key = certificate(files.authority), (tmp_path / "ca.key").read_bytes()
+    issuers, trusted = [], []
+    for _ in steps(tmp_path):
+        certify(tmp_path, ["a.example"], now=NOW)
+        authorities = read_authorities(tmp_path)
+        issuers.append(next(one for one in authorities if issued(files.certificate, one)))
+        trusted.append(len(authorities))
+    new = certificate(files.authority)
+    assert trusted == [2, 2, 1]
+    assert issuers == [old, new, new]
+    assert new.subject != old.subject
+    assert (tmp_path / "former-ca.key").read_bytes() == key
+    assert stat.S_IMODE((tmp_path / "ca-2.key").stat().st_mode) == 0o600
+    # And once more, from there.
+    for _ in steps(tmp_path):
+        certify(tmp_path, ["a.example"], now=NOW)
+    assert issued(files.certificate, certificate(files.authority))
+    assert sorted(path.name for path in tmp_path.glob("*ca*.key")) == ["ca-3.key", "former-ca-2.key", "former-ca.key"]
+
+
+def issued(path, authority):
+    try:
+        certificate(path).verify_directly_issued_by(authority)
+    except (ValueError, InvalidSignature):
+        return False
+    return True
+
+
+def test_a_step_out_of_turn_is_refused(tmp_path):
+    certify(tmp_path, [], now=NOW)
+    with pytest.raises(DocumentRefused, match="announce is the next step"):
+        Rotation.of(tmp_path).take(Step.SWITCH, now=NOW)
+    with pytest.raises(DocumentRefused, match="0 authorities"):
+        Rotation.of(tmp_path / "nowhere")
+
+
+def test_a_lost_authority_is_not_made_up_anew(tmp_path):
+    certify(tmp_path, [], now=NOW)
+    Rotation.of(tmp_path).take(Step.ANNOUNCE, now=NOW)
+    pem = (tmp_path / "ca.pem").read_bytes()
+    (tmp_path / "ca.pem").unlink()
+    with pytest.raises(DocumentRefused, match=r"ca\.pem is gone"):
+        certify(tmp_path, [], now=NOW)
+    (tmp_path / "ca.pem").write_text("-----BEGIN CERTIFICATE-----")
+    with pytest.raises(DocumentRefused, match="restore it from your backup"):
+        certify(tmp_path, [], now=NOW)
+    (tmp_path / "ca.pem").write_bytes(pem)
+    (tmp_path / "ca.key").rename(tmp_path / "elsewhere")
+    with pytest.raises(DocumentRefused, match="restore it from your backup"):
+        certify(tmp_path, [], now=NOW)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a key"])

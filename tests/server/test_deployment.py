@@ -110,7 +110,7 @@ def grid(deployment, mark):
     deployment._control._client.StartRun(hostile_bundle.start_request(mark))
     with runtime_client(deployment, deployment._secret.read_bytes()) as client:
         task = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-    grid = HttpGrid(admin(deployment), root_certificates=deployment.authority.read_bytes(), token=task.token)
+    grid = HttpGrid(admin(deployment), root_certificates=deployment.admin_authority.read_bytes(), token=task.token)
     given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
         given.run.run_id,
@@ -152,7 +152,7 @@ def runtime_client(deployment, secret=None):
     return RuntimeHttpClient.from_server_address(
         admin(deployment),
         insecure=False,
-        root_certificates=deployment.authority.read_bytes(),
+        root_certificates=deployment.admin_authority.read_bytes(),
         interceptors=interceptors,
     )
 
@@ -293,7 +293,8 @@ def test_a_key_is_enrolled_once(deployment, enrolled):
 
 
 def fetch(deployment, port, path, **headers):
-    context = ssl.create_default_context(cafile=str(deployment.authority))
+    own = port == deployment._admin_port
+    context = ssl.create_default_context(cafile=str(deployment.admin_authority if own else deployment.authority))
     request = urllib.request.Request(f"https://127.0.0.1:{port}{path}", headers=headers, data=b"")
     try:
         with urllib.request.urlopen(request, context=context, timeout=PATIENCE) as response:  # noqa: S310
@@ -311,7 +312,7 @@ def test_the_public_port_serves_nodes_only(deployment, path):
 
 def test_the_admin_port_wants_the_token(deployment):
     assert fetch(deployment, deployment._admin_port, "/v1/control/list-nodes") == 401
-    wrong = Control(admin(deployment), authority=deployment.authority, token=b"wrong")
+    wrong = Control(admin(deployment), authority=deployment.admin_authority, token=b"wrong")
     with wrong, pytest.raises(ControlRefused, match="401"):
         wrong.online()
 

@@ -85,7 +85,7 @@ def grid(deployment):
     deployment.submit()
     with runtime_client(deployment, deployment._secret.read_bytes()) as client:
         task = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-    grid = HttpGrid(admin(deployment), root_certificates=deployment.authority.read_bytes(), token=task.token)
+    grid = HttpGrid(admin(deployment), root_certificates=deployment.admin_authority.read_bytes(), token=task.token)
     given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
         given.run.run_id,
