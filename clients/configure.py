@@ -24,7 +24,8 @@ from fedgrade.federation.house_rules import HouseRules
 from fedgrade.federation.outbox import Outbox
 from fedgrade.federation.policy import Policy
 from fedgrade.federation.site import Site, SiteIdentity
-from fedgrade.model.backbones import Compute, OnnxExtractor, TorchExtractor, extractor
+from fedgrade.model.backbones import OnnxExtractor, TorchExtractor, extractor
+from fedgrade.model.compute import Compute, torch_device
 from fedgrade.model.preprocessing import prepare
 from fedgrade.model.spec import ModelSpec, View
 from fedgrade.model.views import ViewedExtractor
@@ -52,8 +53,9 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
     def read_policy() -> Policy:
         return decode_yaml(Policy, read_own_file(policy_path, what="policy"), what=f"policy {policy_path}")
 
-    # Once at the start, so that an operator who is there sees at once what is wrong with it.
+    # Once at the start, so that an operator who is there sees at once what is wrong with it, or with the device.
     read_policy()
+    logger.info("networks run on %s", torch_device(settings.device))
     cohorts = {
         name: CohortData(
             manifest=read_own_file(site.path(cohort.manifest), what="manifest", limit=MAX_MANIFEST_BYTES),
@@ -136,7 +138,10 @@ def _extractor(model: ModelSpec, folder: Path, compute: Compute) -> OnnxExtracto
     with (folder / "export.lock").open("wb") as lock:
         # torch's exporter is neither quick nor safe in two threads at once.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return extractor(model, cache=folder, device=compute.device, threads=compute.threads)
+        # The cache keeps features of a GPU, in mixed precision, apart from those of a CPU: by the extractor's digest.
+        found = extractor(model, cache=folder, device=compute.device, threads=compute.threads, on_gpu="float16")
+    logger.info("features by %s: %s; cached under %s", model.backbone, found.described, found.digest[:16])
+    return found
 
 
 def _log_progress(done: int, total: int) -> None:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from clients.node import NodeLink
 from fedgrade.errors import DocumentRefused
+from fedgrade.model.compute import DEVICE
 from fedgrade.trust.canonical import decode_yaml
 from fedgrade.trust.identity import SiteId, site_id
 
@@ -51,7 +51,7 @@ class SiteSettings:
         cache: extracted features; as sensitive as the photos.
         backbones: exported public backbones; sites on one machine may share the folder.
         threads: of one extraction.
-        device: ``auto`` takes a GPU where there is one.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` takes the first GPU where there is one.
         socket: for ``fedgrade site status`` and its kin.
         link: how the coordinator is reached.
     """
@@ -69,12 +69,14 @@ class SiteSettings:
     cache: str
     backbones: str
     threads: int
-    device: Literal["auto", "cpu", "cuda"]
+    device: str
     socket: str
     link: LinkSettings
 
     def __post_init__(self) -> None:
         site_id(self.site)
+        if not DEVICE.fullmatch(self.device):
+            raise DocumentRefused(f"site.device: {self.device[:40]!r} is none; auto, cpu, cuda or cuda:N is expected")
         if self.photos_per_item < 1:
             raise DocumentRefused(f"site.photos_per_item: {self.photos_per_item} must be at least 1")
         if not 1 <= len(self.cohorts) <= MAX_COHORTS:

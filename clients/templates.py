@@ -36,7 +36,7 @@ outbox: outbox                  # sent replies: a question asked twice gets the 
 cache: {cache}{s_cache}# extracted features, as sensitive as the photos
 backbones: {backbones}{s_backbones}# exported public backbones
 threads: {threads}{s_threads}# for extracting features on the CPU
-device: auto                    # auto, cpu or cuda
+device: auto                    # auto, cpu, cuda or cuda:N; auto takes the first GPU, if there is one
 socket: run/agent.sock          # where `fedgrade site status` finds the running node
 link:
   address: {address}{s_address}# of the coordinator; `fedgrade site join` writes it

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedgrade.errors import ModelRefused
-from fedgrade.model.backbones import Compute
+from fedgrade.model.compute import Compute
 from fedgrade.model.preprocessing import FeatureArray
 from fedgrade.model.spec import View
 from fedgrade.model.views import seen

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from fedgrade.errors import ModelRefused
 from fedgrade.items import ItemBatch, ItemPhotos
-from fedgrade.model.backbones import torch_device, torch_threads
+from fedgrade.model.compute import torch_device, torch_threads
 from fedgrade.model.networks import PhotoLinear, learning_parameters
 from fedgrade.model.preprocessing import FeatureArray
 from fedgrade.privacy.noise import floating_gaussian, poisson_sample

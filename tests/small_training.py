@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 
 from fedgrade.items import ItemBatch, ItemPhotos
-from fedgrade.model.backbones import Compute
+from fedgrade.model.compute import Compute
 from fedgrade.model.networks import item_module
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, RESNET10T_GN_START_DIGEST, ModelSpec
 from fedgrade.privacy.plan import exact

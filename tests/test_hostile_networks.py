@@ -17,7 +17,7 @@ from torch import nn  # noqa: E402
 
 from fedgrade import training  # noqa: E402
 from fedgrade.errors import DataRefused  # noqa: E402
-from fedgrade.model.backbones import Compute  # noqa: E402
+from fedgrade.model.compute import Compute  # noqa: E402
 from fedgrade.training import train_by_sgd  # noqa: E402
 from tests.small_training import CLIP, HEAD, ON_PHOTOS, feature_items, fresh, photo_items, recipe  # noqa: E402
 

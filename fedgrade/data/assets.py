@@ -6,6 +6,7 @@ privacy budget says nothing about them. The file is for its owner alone (mode 06
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from safetensors.numpy import save
 from fedgrade.data.manifest import Photo
 from fedgrade.data.photos import ByteArray, PhotoLimits, open_photo
 from fedgrade.errors import DataRefused
+
+logger = logging.getLogger(__name__)
 
 FeatureArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -77,6 +80,11 @@ class FeatureStore:
         rows = self._kept()
         missing = [photo for photo in photos if bytes.fromhex(photo.digest) not in rows]
         done = len(photos) - len(missing)
+        if missing and not rows and any(self.cache.glob("features-*")):
+            # Another network, view, precision or kind of device: its numbers are no substitute for these.
+            logger.info(
+                "features: none are cached under %s, but others are; extracted anew", self.extractor.digest[:16]
+            )
         progress(done, len(photos))
         for start in range(0, len(missing), KEPT_EVERY):
             for batch in _batches(missing[start : start + KEPT_EVERY]):

@@ -16,7 +16,8 @@ from fedgrade.federation.bundle import open_model
 from fedgrade.federation.payloads import Head
 from fedgrade.grading import decide, expected_costs
 from fedgrade.model.adapter import graded_inputs
-from fedgrade.model.backbones import Compute, Device, extractor
+from fedgrade.model.backbones import extractor
+from fedgrade.model.compute import Compute, Device
 from fedgrade.model.head import grade_probabilities
 from fedgrade.model.preprocessing import FeatureArray, prepare
 from fedgrade.model.spec import ModelSpec

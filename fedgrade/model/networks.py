@@ -14,7 +14,8 @@ from torch import nn
 
 from fedgrade.errors import ModelRefused
 from fedgrade.model.adapter import Adapter
-from fedgrade.model.backbones import Compute, export, one_by_one, starting_network, torch_device, torch_threads
+from fedgrade.model.backbones import export, starting_network
+from fedgrade.model.compute import Chunks, Compute, one_by_one, torch_device, torch_threads
 from fedgrade.model.head import BIAS_FEATURE
 from fedgrade.model.pooling import PooledBackbone, pooled
 from fedgrade.model.preprocessing import FeatureArray
@@ -119,6 +120,7 @@ class TrainedExtractor:
     def __init__(self, spec: ModelSpec, change: FeatureArray, *, compute: Compute) -> None:
         head, centre = np.zeros((1, spec.feature_dimensions + 1)), np.zeros(spec.feature_dimensions)
         self._device, self._threads = torch_device(compute.device), compute.threads
+        self._chunks = Chunks(f"features on {self._device}")
         self._module = NetworkAndHead(spec, thresholds=head, centre=centre, change=change).eval().to(self._device)
         self.dimensions = spec.feature_dimensions
 
@@ -128,7 +130,9 @@ class TrainedExtractor:
         Guarantee: a photo's features depend on that photo alone.
         """
         with torch_threads(self._threads):
-            return one_by_one(self._module.features, batch, device=self._device, dimensions=self.dimensions)
+            return one_by_one(
+                self._module.features, batch, device=self._device, dimensions=self.dimensions, chunks=self._chunks
+            )
 
 
 def exported_network(spec: ModelSpec, change: FeatureArray) -> bytes:

@@ -27,7 +27,7 @@ from torch.nn import functional
 from fedgrade.full_batch import clipped_gradient_sum
 from fedgrade.items import ItemBatch, ItemPhotos
 from fedgrade.job import JobSpec
-from fedgrade.model.backbones import Compute
+from fedgrade.model.compute import Compute
 from fedgrade.model.head import head_inputs
 from fedgrade.model.networks import item_module
 from fedgrade.model.spec import RESNET10T_GN_START_DIGEST, ModelSpec

@@ -49,7 +49,7 @@ from fedgrade.federation.store import Folder, RunStore
 from fedgrade.federation.witness import Witness
 from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
-from fedgrade.model.backbones import Compute
+from fedgrade.model.compute import Compute
 from fedgrade.model.preprocessing import prepare
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec, View
 from fedgrade.model.views import seen

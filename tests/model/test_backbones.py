@@ -26,6 +26,9 @@ SPEC = ModelSpec(
 )
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """The session's export, in a folder of its own that tests may spoil."""
@@ -172,14 +175,43 @@ def test_no_threads_are_refused(cache):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_named(cache):
-    with pytest.raises(JobRefused, match="finds no GPU"):
-        backbones.extractor(SPEC, cache=cache, device="cuda", threads=1)
+    for device in ("cuda", "cuda:0", "cuda:7"):
+        with pytest.raises(
+            JobRefused, match=f"device: '{device}' is asked for, but torch finds no GPU here; there is cpu"
+        ):
+            backbones.extractor(SPEC, cache=cache, device=device, threads=1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_mixed_precision_is_close_depends_on_each_photo_alone_and_has_a_digest_of_its_own(batch):
+    network = backbones.build_backbone(SPEC)
+    mixed = backbones.TorchExtractor(SPEC, network, device="cpu", threads=1, precision="float16")
+    whole = backbones.TorchExtractor(SPEC, network, device="cpu", threads=1)
+    features, exact = mixed.extract(batch), whole.extract(batch)
+    assert features.dtype == np.float32
+    assert not np.array_equal(features, exact)
+    assert np.linalg.norm(features - exact) < 1e-2 * np.linalg.norm(exact)
+    np.testing.assert_array_equal(features[2:3], mixed.extract(batch[2:3]))
+    assert mixed.digest != whole.digest == backbones.extractor_digest(SPEC)
+    assert (mixed.described, whole.described) == ("torch on cpu, float16", "torch on cpu, float32")
+
+
+@needs_gpu
 def test_a_gpu_agrees_with_the_processor(cache, onnx_extractor, batch):
+    exact = onnx_extractor.extract(batch)
     by_gpu = backbones.extractor(SPEC, cache=cache, device="cuda", threads=1)
-    np.testing.assert_allclose(by_gpu.extract(batch), onnx_extractor.extract(batch), atol=2e-2)
+    np.testing.assert_allclose(by_gpu.extract(batch), exact, atol=1e-3)
+    mixed = backbones.extractor(SPEC, cache=cache, device="cuda:0", threads=1, on_gpu="float16")
+    features = mixed.extract(batch)
+    assert np.linalg.norm(features - exact) < 1e-2 * np.linalg.norm(exact)
+    np.testing.assert_array_equal(features[2:3], mixed.extract(batch[2:3]))
+    assert len({onnx_extractor.digest, by_gpu.digest, mixed.digest}) == 3
+
+
+@needs_gpu
+def test_a_gpu_beyond_the_last_is_refused_and_those_that_are_there_are_named(cache):
+    count = torch.cuda.device_count()
+    with pytest.raises(JobRefused, match=rf"finds {count} GPUs here; there is cpu, cuda:0 \("):
+        backbones.extractor(SPEC, cache=cache, device=f"cuda:{count}", threads=1)
 
 
 def test_a_photo_one_pixel_high_and_a_million_wide_is_prepared_in_little_memory():

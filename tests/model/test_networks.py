@@ -8,7 +8,8 @@ import pytest
 from fedgrade.errors import ModelRefused
 from fedgrade.federation.messages import MAX_MESSAGE_BYTES
 from fedgrade.model.adapter import Adapter, graded_inputs
-from fedgrade.model.backbones import Compute, build_backbone
+from fedgrade.model.backbones import build_backbone
+from fedgrade.model.compute import Compute
 from fedgrade.model.head import head_inputs, scores
 from fedgrade.model.spec import (
     FEATURE_CHANNELS,
