@@ -1,6 +1,7 @@
 """A real PostgreSQL server for tests: a cluster of its own in a temporary folder, on a socket and a loopback port."""
 
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -34,9 +35,12 @@ class Cluster:
         self._bin = bin_folder
         # The server refuses to run as root.
         self._as: dict[str, object] = {}
+        self.owner = os.geteuid(), os.getegid()
         if os.geteuid() == 0:
-            self._as = {"user": "postgres", "group": "postgres", "extra_groups": []}
-            shutil.chown(folder, "postgres", "postgres")
+            postgres = pwd.getpwnam("postgres")
+            self.owner = postgres.pw_uid, postgres.pw_gid
+            self._as = {"user": self.owner[0], "group": self.owner[1], "extra_groups": []}
+            shutil.chown(folder, *self.owner)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
@@ -91,6 +95,21 @@ class Cluster:
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait()
+
+    def set(self, name: str, value: str) -> None:
+        """Change a setting of the server that runs; new connections go by it."""
+        self.execute(f"alter system set {name} = '{value}'", database="postgres")
+        self.execute("select pg_reload_conf()", database="postgres")
+        # The server takes note a moment later.
+        deadline = time.monotonic() + _START_SECONDS
+        while self.shown(name) != value:
+            assert time.monotonic() < deadline, name
+            time.sleep(0.02)
+
+    def shown(self, name: str) -> str:
+        """What a new connection is told of a setting."""
+        with psycopg.connect(self.address(user="owner", database="postgres")) as connection:
+            return str(connection.execute("select current_setting(%s)", [name]).fetchone()[0])
 
     def address(self, *, user: str = "fed", database: str = "fed") -> str:
         """By the Unix socket, without a password."""

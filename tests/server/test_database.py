@@ -18,6 +18,7 @@ from fedgrade.federation.verification import verify_federation
 from fedgrade.job import TrainingJob
 from fedgrade.trust.identity import SigningKey
 from server import database as database_module
+from server.certificates import certify
 from server.coordinate import run_folder
 from server.coordinator_file import CoordinatorSettings, read_settings, settings_yaml
 from server.coordinator_folder import BOOK, CoordinatorFolder
@@ -442,6 +443,23 @@ def test_a_server_without_tls_gets_no_password(cluster, passwords):
     assert "server does not support SSL" in refused(by_network(cluster, options=""))
 
 
+def test_a_server_is_believed_by_its_certificate_alone(cluster, passwords, tmp_path):
+    passwords(PASSWORD)
+    own, other = (certify(tmp_path / name, ["127.0.0.1"], now=datetime.now(UTC)) for name in ("own", "other"))
+    for source, name in ((own.certificate, "server.crt"), (own.key, "server.key")):
+        shutil.copy(source, cluster.folder / "data" / name)
+        shutil.chown(cluster.folder / "data" / name, *cluster.owner)
+    try:
+        cluster.set("ssl", "on")
+        with opened(by_network(cluster, options=f"?sslrootcert={own.authority}"), schema="by_tls") as database:
+            database.write({"kept": b"in transit"})
+            assert database.read("kept") == b"in transit"
+        told = refused(by_network(cluster, options=f"?sslrootcert={other.authority}"))
+        assert "certificate verify failed" in told
+    finally:
+        cluster.set("ssl", "off")
+
+
 def test_an_unknown_database_and_a_server_that_is_not_there_are_said_in_one_line(cluster, tmp_path):
     assert 'database "nowhere" does not exist' in refused(cluster.address(database="nowhere"))
     assert "No such file" in refused(f"postgresql://fed@/fed?host={tmp_path}")
@@ -463,7 +481,7 @@ def test_a_disk_that_is_full_leaves_everything_as_it_was(cluster):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=False)
     if mounted.returncode:
         pytest.skip("no right to mount a small disk here")
-    shutil.chown(place, "postgres", "postgres")
+    shutil.chown(place, *cluster.owner)
     try:
         cluster.execute(f"create tablespace small location '{place}'", database="postgres")
         with opened(cluster.address(), schema="small") as database:
