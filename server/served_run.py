@@ -36,6 +36,7 @@ from server.summary import announce, quality_table
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS: Final = 0.5
+_READER_SECONDS: Final = 5.0
 
 
 def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], patience: Patience) -> None:
@@ -137,7 +138,16 @@ def _follow(control: Control, run_id: int, root: Path) -> None:
     Raises:
         DeploymentFailed: it failed, was stopped, or its SuperLink ended.
     """
-    threading.Thread(target=_read_log, args=(control, run_id), daemon=True).start()
+    reader = threading.Thread(target=_read_log, args=(control, run_id), daemon=True)
+    reader.start()
+    try:
+        _watch(control, run_id, root)
+    finally:
+        # Before the connection is closed: a reader that is left reads what is opened next under the same number.
+        reader.join(_READER_SECONDS)
+
+
+def _watch(control: Control, run_id: int, root: Path) -> None:
     while True:
         try:
             status = control.status(run_id)
