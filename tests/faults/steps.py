@@ -1,0 +1,155 @@
+"""The steps of a round, and a trip wire at each: whoever gets to one that a test has set kills its victim with SIGKILL.
+
+Loaded by the tests' own programs (house.py, run_of_faults.py), which run the product's code and nothing in its place.
+A wire is a file below the federation's folder, named for the process and the step; it goes off once.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+# In the environment of every process of one federation: its folder.
+MARK = "FEDGRADE_FAULTS"
+RUN = "run"  # the ServerApp's process; sites go by their names
+SERVE, SUPERLINK, SUPEREXEC, KEEPER, HOUSE = "serve", "superlink", "superexec", "keeper", "house"
+_WORDS = {
+    SUPERLINK: "server.superlink",
+    SUPEREXEC: "flower-superexec",
+    RUN: "flwr-serverapp",
+    KEEPER: "keeper.py",
+    SERVE: "serve",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in the product's code a step is: before or after the call of ``name`` in ``module``."""
+
+    module: str
+    name: str
+    after: bool
+
+    def wire(self, called: Callable[[], None]) -> None:
+        """Have ``called`` called whenever a process gets here."""
+        *owners, name = self.name.split(".")
+        owner = import_module(self.module)
+        for one in owners:
+            owner = getattr(owner, one)
+        real = getattr(owner, name)
+
+        def wired(*arguments: object, **named: object) -> object:
+            if not self.after:
+                called()
+            result = real(*arguments, **named)
+            if self.after:
+                called()
+            return result
+
+        setattr(owner, name, wired)
+
+
+_SITE, _CHARGING, _SUMS = "fedgrade.federation.site", "fedgrade.federation.charging", "fedgrade.federation.sum_desk"
+_ROUNDS, _CONVERSATION = "fedgrade.federation.rounds", "fedgrade.federation.sum_conversation"
+SITE_STEPS = {
+    "shown the job": Step(_CHARGING, "Charging.accept", after=False),
+    "admitted it": Step(_CHARGING, "Charging.witness", after=True),
+    "before the charge": Step(_CHARGING, "Charging.reserve", after=False),
+    "charged": Step(_CHARGING, "Charging.reserve", after=True),
+    "committed to its ledger": Step(_CHARGING, "Charging.commit", after=True),
+    "reply kept, not sent": Step("fedgrade.federation.outbox", "Outbox.keep", after=True),
+    "reply sent": Step("clients.fleet", "FleetConnection.reply", after=True),
+}
+SUM_SITE_STEPS = {
+    "committed to a set": Step(_SUMS, "SumDesk.commit", after=True),
+    "masked": Step(_SUMS, "SumDesk.mask", after=True),
+    "voted": Step(_SUMS, "SumDesk.vote", after=True),
+    "revealed": Step(_SUMS, "SumDesk.reveal", after=True),
+}
+RUN_STEPS = {
+    "request on its way": Step("server.grid_cohort", "GridCohort._push", after=True),
+    "replies in hand": Step(_ROUNDS, "_advance", after=False),
+    "checkpoint": Step("fedgrade.federation.store", "RunStore.save", after=True),
+    "ledger": Step(_ROUNDS, "RoundLog.close_round", after=True),
+    "model written": Step(_ROUNDS, "publish", after=True),
+    "model in the ledger": Step(_ROUNDS, "RoundLog.release", after=True),
+}
+SUM_RUN_STEPS = {
+    "set proposed": Step("fedgrade.federation.store", "RunStore.keep_sum", after=True),
+    "all committed": Step(_CONVERSATION, "SumConversation._finished", after=False),
+    "vectors in hand": Step(_CONVERSATION, "SumConversation._vectors", after=True),
+    "votes in hand": Step(_CONVERSATION, "SumConversation._voted", after=True),
+    "shares in hand": Step(_CONVERSATION, "SumConversation._revealed", after=True),
+}
+
+
+@dataclass(frozen=True)
+class Process:
+    """A live process of one federation: ``kind`` is one of the constants above, or the name of a site."""
+
+    number: int
+    kind: str
+
+
+def processes(folder: Path, sites: tuple[str, ...]) -> Iterator[Process]:
+    """Every live process of the federation in ``folder``, by the mark in its environment."""
+    mark = f"{MARK}={folder}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        with suppress(OSError):
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if state == "Z" or mark not in (entry / "environ").read_bytes().split(b"\0"):
+                continue
+            name, words = (entry / "comm").read_text().strip(), (entry / "cmdline").read_bytes().decode().split("\0")
+            kinds = (
+                kind for kind, word in _WORDS.items() if any(one == word or one.endswith(f"/{word}") for one in words)
+            )
+            yield Process(number=int(entry.name), kind=name if name in sites else next(kinds, HOUSE))
+
+
+def set_wire(folder: Path, *, process: str, step: str, victim: str, place: tuple[str, int]) -> Path:
+    """Have ``victim`` killed when ``process`` gets to ``step`` at this purpose and round; what exists once it was."""
+    wire = _wire(folder, process, step)
+    wire.parent.mkdir(exist_ok=True)
+    wire.write_text(json.dumps({"victim": victim, "place": place}))
+    return wire.with_suffix(".sprung")
+
+
+def _wire(folder: Path, process: str, step: str) -> Path:
+    return folder / "wires" / f"{process} {step}".replace(" ", "-").replace(",", "")
+
+
+class Wires:
+    """The wires of this process, which is ``process`` of the federation in ``folder``."""
+
+    def __init__(self, folder: Path, process: str, sites: tuple[str, ...]) -> None:
+        self.place: tuple[str, int] = ("admission", 0)
+        self._folder = folder
+        self._process = process
+        self._sites = sites
+
+    def stretch(self, steps: dict[str, Step]) -> None:
+        """A wire at each of ``steps``."""
+        for name, step in steps.items():
+            step.wire(lambda name=name: self.pull(name))
+
+    def pull(self, step: str) -> None:
+        """Kill whom the wire at ``step`` names, if one is set for where the job is now."""
+        wire = _wire(self._folder, self._process, step)
+        try:
+            said = json.loads(wire.read_bytes())
+        except FileNotFoundError:
+            return
+        if said["place"] != list(self.place):
+            return
+        wire.rename(wire.with_suffix(".sprung"))
+        if said["victim"] == self._process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for process in processes(self._folder, self._sites):
+            if process.kind == said["victim"]:
+                os.kill(process.number, signal.SIGKILL)

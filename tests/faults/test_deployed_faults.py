@@ -1,0 +1,53 @@
+"""`kill -9` at the steps that matter most, in a real deployment: same model, nothing lost, nothing paid for twice.
+
+One job in which everybody dies once. Every pair of who dies and when, each in a job of its own:
+tests/soak/test_faults.py.
+"""
+
+import pytest
+
+from tests.faults.policies import plain
+from tests.faults.served import Served
+from tests.faults.steps import RUN, SUPERLINK
+from tests.federation.small_federation import NAMES, SmallFederation, calibrate_once, zeros
+
+pytestmark = pytest.mark.flower
+ALICE, BOB, CAROL = NAMES
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedgrade.job.calibrate", calibrate_once)
+    with Served(tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+def undisturbed(tmp_path, monkeypatch):
+    """Digest of the weights where nobody dies, from one process."""
+    monkeypatch.setattr("fedgrade.job.calibrate", calibrate_once)
+    monkeypatch.setattr("fedgrade.federation.releases.discrete_gaussian", zeros)
+    federation = SmallFederation.create(tmp_path / "undisturbed")
+    return federation.run_in_process(federation.job(plain(len(NAMES)))).release.weights_digest
+
+
+def test_sites_and_superlink_are_killed_in_one_job_and_the_model_and_the_charges_are_what_they_would_be(
+    served, undisturbed
+):
+    job = served.federation.job(plain(len(NAMES)))
+    wires = [
+        served.kill_at(ALICE, "before the charge", place=("train", 0)),
+        served.kill_at(BOB, "charged", place=("train", 0)),
+        served.kill_at(CAROL, "reply kept, not sent", place=("train", 0)),
+        # The run goes with it. After the checkpoint and before the ledger.
+        served.kill_at(RUN, "checkpoint", victim=SUPERLINK, place=("train", 1)),
+    ]
+    said = served.finish(job)
+    assert all(wire.exists() for wire in wires), said
+    served.require_at_rest()
+    outcome = served.outcome(job, said)
+    assert (outcome.weights, outcome.unpaid) == (undisturbed, 0), said
+    # A charge whose reply was not kept yet is lost with the process, and never taken back: the next attempt pays again.
+    assert outcome.twice == {BOB: 1}
+    # Told once: of the SuperLink. A site that comes back in time is no news.
+    assert len(said) == 1, said
