@@ -1,8 +1,8 @@
 """The site's door on its own machine: gRPC on a Unix socket that only the site's user may open.
 
 The operator's commands (status, pause, resume, drain) come through it, and so do requests from a stock Flower
-ClientApp, which thereby gets replies without keys or photos within its reach. Folder 0700, socket 0600: whoever can
-open it is the site's user, so there is no further authentication.
+ClientApp, which thereby gets replies without keys or photos within its reach. Folder 0700, socket 0600, and the
+kernel's word for who connects (clients/own_user.py): whoever gets in is the site's user, and asked nothing more.
 """
 
 import logging
@@ -20,6 +20,7 @@ import grpc
 from clients.agent_pb2 import AnswerReply, AnswerRequest, Budget, LeaveRequest, Nothing, SiteStatus
 from clients.agent_pb2_grpc import AgentServicer, AgentStub, add_AgentServicer_to_server
 from clients.gate import Gate, Mode, SiteClosed, untold
+from clients.own_user import OwnUserDoor
 from fedgrade.errors import DocumentRefused, FedgradeError
 from fedgrade.federation.activity import AccountStanding, Activity
 
@@ -32,6 +33,7 @@ _OPTIONS: Final = [
 ]
 _MAX_SOCKET_PATH_BYTES: Final = 100  # sun_path holds 108 on Linux and 104 on macOS, with its end
 _OTHERS: Final = 0o077
+_INNER: Final = "in"  # folder of gRPC's own socket, closed to others even where somebody opens the one above
 _STATUS_SECONDS: Final = 5.0
 _NOTHING: Final = Nothing()
 
@@ -91,6 +93,8 @@ class AgentServer:
         self, gate: Gate, path: Path, *, words: Words = Words(), on_delivered: Callable[[bytes], None] = untold
     ) -> None:
         self._path = path
+        self._inner = path.parent / _INNER / path.name
+        self._door = OwnUserDoor(path, self._inner)
         # One answer at a time passes the gate; the other threads are for status and pause meanwhile.
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=_OPTIONS)
         add_AgentServicer_to_server(_Servicer(gate, words, on_delivered), self._server)
@@ -101,20 +105,25 @@ class AgentServer:
         Raises:
             DocumentRefused: another process listens there, the path is too long, or others may enter its folder.
         """
+        inner = self._inner
         _claim(self._path)
+        _claim(inner)
         try:
-            self._server.add_insecure_port(f"unix:{self._path}")
+            self._server.add_insecure_port(f"unix:{inner}")
         except RuntimeError as error:
-            raise DocumentRefused(f"socket {self._path}: cannot be opened ({error})") from error
+            raise DocumentRefused(f"socket {inner}: cannot be opened ({error})") from error
         # The folder already keeps others out while the socket has the mode that the umask gave it.
-        self._path.chmod(0o600)
+        inner.chmod(0o600)
+        # First the door: whoever is early waits for gRPC, and a door that cannot be had leaves no server behind.
+        self._door.__enter__()
         self._server.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
         """Stop listening; an answer under way gets two seconds to leave."""
         self._server.stop(grace=2.0).wait()
-        self._path.unlink(missing_ok=True)
+        self._door.__exit__()
+        self._inner.unlink(missing_ok=True)
 
 
 class AgentClient:
@@ -296,8 +305,11 @@ def _claim(path: Path) -> None:
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise DocumentRefused(f"socket {path}: at most {_MAX_SOCKET_PATH_BYTES} bytes; choose a shorter folder")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.parent.stat().st_mode & _OTHERS:
+    found = path.parent.stat()
+    if found.st_mode & _OTHERS:
         raise DocumentRefused(f"socket folder {path.parent}: others may enter; run chmod 700 {path.parent}")
+    if found.st_uid != os.geteuid():
+        raise DocumentRefused(f"socket folder {path.parent}: belongs to user {found.st_uid}; choose one of your own")
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.stat().st_mode):

@@ -1,3 +1,4 @@
+import os
 import socket
 import stat
 import tempfile
@@ -8,6 +9,7 @@ import pytest
 from clients import agent
 from clients.agent import AgentClient, AgentServer, AgentUnavailable, Words
 from clients.gate import Gate, Mode
+from clients.own_user import OwnUserDoor, own_user_or_root, peer_user
 from fedgrade.errors import DocumentRefused
 
 
@@ -29,6 +31,69 @@ def test_only_the_owner_may_open_the_socket(path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert not path.exists()
+
+
+def test_the_kernel_says_whose_process_connects():
+    here, there = socket.socketpair(socket.AF_UNIX)
+    with here, there:
+        assert peer_user(here) == os.geteuid()
+    assert own_user_or_root(os.geteuid())
+    assert not own_user_or_root(os.geteuid() + 1)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that it forks, and has threads
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_is_turned_away_even_where_the_folder_is_open(path, caplog):
+    reached, told = [], os.pipe()
+    with AgentServer(Gate(lambda request: reached.append(request) or b""), path):
+        path.parent.chmod(0o755)
+        path.chmod(0o666)
+        other = os.fork()
+        if other == 0:
+            # Nothing but system calls from here on: this is a copy of a process with threads.
+            os.setresuid(65534, 65534, 65534)
+            outer, inner = (_answer_at(each) for each in (path, path.parent / "in" / path.name))
+            os.write(told[1], outer + b"|" + inner)
+            os._exit(0)
+        os.waitpid(other, 0)
+        assert os.read(told[0], 100) == b"closed|PermissionError"
+        with AgentClient(path) as client:
+            assert client.status().answered == 0
+    for end in told:
+        os.close(end)
+    assert reached == []
+    assert "a process of user 65534 was turned away" in caplog.text
+
+
+def _answer_at(path):
+    """What a stranger gets at the socket ``path``: gRPC's server would speak first."""
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.settimeout(10)
+        try:
+            stranger.connect(str(path))
+            stranger.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            return stranger.recv(100) or b"closed"
+        except (ConnectionResetError, BrokenPipeError):
+            return b"closed"
+        except OSError as error:
+            return type(error).__name__.encode()
+
+
+def test_whoever_is_not_admitted_gets_no_byte_further(path):
+    inner = path.parent / "inner.sock"
+    with socket.socket(socket.AF_UNIX) as listener, OwnUserDoor(path, inner, admits=lambda _user: False):
+        listener.bind(str(inner))
+        listener.listen()
+        listener.settimeout(0.2)
+        assert _answer_at(path) == b"closed"
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_a_folder_that_is_another_users_is_refused(path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: path.parent.stat().st_uid + 1)
+    with pytest.raises(DocumentRefused, match="choose one of your own"), AgentServer(Gate(bytes), path):
+        pass
 
 
 def test_a_folder_open_to_others_is_refused(path):

@@ -1,0 +1,109 @@
+"""A Unix socket that lets in this user's processes alone, by the kernel's word, and carries their bytes further.
+
+gRPC has no peer credentials for a Unix socket: what its local credentials prove is that the connection is local. So the
+socket that people and bundles find is ours: whoever connects is known by SO_PEERCRED (unix(7)) before one of its bytes
+is read, and gRPC listens in a folder behind it. Where the kernel has no such word (macOS), the folders' modes remain.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Self
+
+from fedgrade.errors import DocumentRefused
+
+logger = logging.getLogger(__name__)
+
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: struct ucred
+_CHUNK: Final = 2**20
+_ROOT: Final = 0
+
+
+def peer_user(connection: Any) -> int | None:
+    """The user whose process holds the other end of the Unix socket ``connection``; None where no kernel says."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, option, _CREDENTIALS.size))
+    return int(user)
+
+
+def own_user_or_root(user: int | None) -> bool:
+    """Whether ``user`` may speak to this process; root reads its memory anyway."""
+    return user is None or user in {_ROOT, os.geteuid()}
+
+
+class OwnUserDoor:
+    """Listens at ``path`` and carries each connection to the socket at ``inner``; a context manager."""
+
+    def __init__(self, path: Path, inner: Path, *, admits: Callable[[int | None], bool] = own_user_or_root) -> None:
+        self._path = path
+        self._inner = inner
+        self._admits = admits
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="agent-door", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Listen.
+
+        Raises:
+            DocumentRefused: the socket cannot be made.
+        """
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            self._listener.bind(str(self._path))
+        except OSError as error:
+            self._listener.close()
+            raise DocumentRefused(f"socket {self._path}: cannot be opened ({error.strerror})") from error
+        # Nobody can connect before somebody listens.
+        self._path.chmod(0o600)
+        self._thread.start()
+        self._up.wait()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Listen no more; what is under way is cut off."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_unix_server(self._carry, sock=self._listener, limit=_CHUNK)
+        self._up.set()
+        await self._stop.wait()
+        server.close()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            user = peer_user(writer.get_extra_info("socket"))
+            if not self._admits(user):
+                logger.warning("socket %s: a process of user %s was turned away", self._path, user)
+                return
+            try:
+                further_reader, further_writer = await asyncio.open_unix_connection(str(self._inner), limit=_CHUNK)
+            except OSError as error:
+                logger.debug("socket %s: %s", self._inner, error)
+                return
+            with contextlib.closing(further_writer), contextlib.suppress(ExceptionGroup):
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(_pump(reader, further_writer))
+                    both.create_task(_pump(further_reader, writer))
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Every byte from ``reader`` to ``writer``, and the end.
+
+    Raises:
+        OSError: one of them was reset.
+    """
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        await writer.drain()
+    writer.write_eof()
