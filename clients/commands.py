@@ -17,6 +17,7 @@ from clients.gate import Gate
 from clients.join_commands import init, join, request
 from clients.leave_command import leave
 from clients.leaving import require_not_left
+from clients.newest import NewestLink, by_newest_roster
 from clients.node import LinkState, log_state, serve
 from clients.settings import read_site
 from fedgrade.errors import DocumentRefused
@@ -50,14 +51,14 @@ def up(site_file: Path) -> None:
     settings = read_site(site_file)
     require_not_left(settings)
     # First of all: a site that has not joined yet should not load a network to say so.
-    where = settings.link
+    where = NewestLink(site_file)
     torch.set_num_threads(settings.settings.threads)
     partner, charging = open_site(settings)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     link = _LinkWord()
-    gate = Gate(partner.answer)
+    gate = Gate(by_newest_roster(settings, partner.take_roster, partner.answer))
     words = Words(
         link=link.read,
         activity=lambda: partner.activity,

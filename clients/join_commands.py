@@ -93,11 +93,15 @@ def init(
 
 @click.command(epilog="Example: fedgrade site request site.yaml")
 @click.argument("site_file", type=SITE_FILE)
-def request(site_file: Path) -> None:
-    """Write the join request anew: after a new cohort, or to replace one that was lost."""
+@click.option(
+    "--new-node-key", is_flag=True, help="Make a new connection key; the node changes over once it is enrolled."
+)
+def request(site_file: Path, *, new_node_key: bool) -> None:
+    """Write the join request anew: after a new cohort, for one that was lost, or to change the connection key."""
     from clients.joining import REQUEST, request_to_join  # noqa: PLC0415
 
-    _tell(request_to_join(site_file, now=datetime.now(UTC)), site_file.parent / REQUEST)
+    made = request_to_join(site_file, now=datetime.now(UTC), new_node_key=new_node_key)
+    _tell(made, site_file.parent / REQUEST)
 
 
 @click.command(epilog="Example: fedgrade site join bundle.json site.yaml")
@@ -129,7 +133,7 @@ def join(bundle: Path, site_file: Path, fingerprint: str | None) -> None:
     if joined.moved:
         click.echo("The coordinator's address or authority is another one now.")
     click.echo(
-        f"Start the node with `fedgrade site up {site_file}`; if it runs, drain it first: it reads this at start."
+        f"Start the node with `fedgrade site up {site_file}`; one that runs takes note by itself, within seconds."
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from clients.leaving import take_back
-from clients.node_key import create_node_key
+from clients.node_key import create_node_key, next_node_key
 from clients.settings import SiteFolder, SiteSettings, read_own_file, read_site
 from clients.templates import PolicyValues, SiteValues, policy_yaml, quoted, site_yaml
 from fedgrade.data.manifest import MAX_MANIFEST_BYTES, read_manifest
@@ -78,15 +78,27 @@ def create_site(folder: Path, site: SiteValues, policy: PolicyValues, *, now: da
         return request_to_join(folder / _SITE, now=now)
 
 
-def request_to_join(site_file: Path, *, now: datetime) -> JoinRequest:
+def request_to_join(site_file: Path, *, now: datetime, new_node_key: bool = False) -> JoinRequest:
     """Write ``join-request.json`` beside ``site_file``, from what that file says now; the request.
 
+    Args:
+        site_file: the partner's ``site.yaml``.
+        now: UTC.
+        new_node_key: make a new key for the connection and ask for it to be enrolled; the node changes over to it by
+            itself when the coordinator has done so.
+
     Raises:
-        DocumentRefused: settings or keys cannot be read.
+        DocumentRefused: settings or keys cannot be read, or a new key waits already.
     """
     site = read_site(site_file)
     key = SigningKey.load(site.path(site.settings.key))
-    public = site.path(site.settings.link.node_key + ".pub")
+    node_key = site.path(site.settings.link.node_key)
+    waiting = next_node_key(node_key)
+    if new_node_key:
+        create_node_key(waiting)
+    # A request that names the old key would take a granted one back.
+    asked = waiting if waiting.exists() else node_key
+    public = asked.with_name(asked.name + ".pub")
     request = JoinRequest(
         site=site.settings.site,
         key=key.public,

@@ -18,8 +18,7 @@ from typing import Final, TypeVar
 
 from clients.fleet import FleetAccess, FleetConnection, LinkDown, LinkRefused, Parcel
 from clients.gate import Answer, untold
-from clients.node_key import load_node_key
-from clients.wire import MAX_MESSAGE_BYTES
+from clients.link import LinkSource, NodeLink, Standing
 from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused
 
 logger = logging.getLogger(__name__)
@@ -31,12 +30,9 @@ _POLL_SHARE: Final = 0.05
 _FIRST_RETRY_SECONDS: Final = 0.25
 _AWAY_SECONDS: Final = 1.0
 _REPLY_PATIENCE_SECONDS: Final = 120.0
-_MAX_CERTIFICATE_BYTES: Final = 256 * 1024
 _NODE_ID_BITS: Final = 64
 _MAX_SESSION_CHARACTERS: Final = 8192
 _SESSION: Final = re.compile(r"(?P<node>[1-9][0-9]{0,19}) (?P<here>[^\n]+)\n")
-_MIN_HEARTBEAT_SECONDS: Final = 10.0  # flwr.common.constant.HEARTBEAT_MIN_INTERVAL
-_MAX_HEARTBEAT_SECONDS: Final = 1800.0
 
 
 class LinkPhase(StrEnum):
@@ -57,51 +53,6 @@ class LinkState:
     detail: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodeLink:
-    """How a site reaches its SuperLink.
-
-    Attributes:
-        address: ``host:port`` of the public listener.
-        root_certificate: PEM file of the coordinator's authority.
-        node_key: private EC P-384 key file, mode 0600.
-        busy_poll_seconds: shortest wait between two polls, while a run is on.
-        idle_poll_seconds: longest wait between two polls.
-        heartbeat_seconds: a node that dies without a word is held for online during twice this time; only its own
-            successor, on the same machine, is let in before.
-        retry_cap_seconds: longest wait before the link is tried again.
-        max_message_bytes: larger requests are refused unread.
-    """
-
-    address: str
-    root_certificate: Path
-    node_key: Path
-    busy_poll_seconds: float = 0.1
-    idle_poll_seconds: float = 3.0
-    heartbeat_seconds: float = 10.0
-    retry_cap_seconds: float = 15.0
-    max_message_bytes: int = MAX_MESSAGE_BYTES
-
-    def __post_init__(self) -> None:
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise DocumentRefused(f"SuperLink address {self.address!r}: expected host:port")
-        if not 0 < self.busy_poll_seconds <= self.idle_poll_seconds:
-            raise DocumentRefused(
-                f"busy_poll_seconds {self.busy_poll_seconds}: above 0, at most {self.idle_poll_seconds}"
-            )
-        if not _MIN_HEARTBEAT_SECONDS <= self.heartbeat_seconds <= _MAX_HEARTBEAT_SECONDS:
-            raise DocumentRefused(
-                f"heartbeat_seconds {self.heartbeat_seconds}: Flower takes {_MIN_HEARTBEAT_SECONDS:.0f} to "
-                f"{_MAX_HEARTBEAT_SECONDS:.0f}"
-            )
-        if self.retry_cap_seconds <= 0 or self.max_message_bytes < 1:
-            raise DocumentRefused(
-                f"retry_cap_seconds {self.retry_cap_seconds} and max_message_bytes {self.max_message_bytes}: "
-                "both must be above 0"
-            )
-
-
 OnState = Callable[[LinkState], None]
 _AnswerOne = Callable[[FleetConnection, Parcel], None]
 
@@ -112,7 +63,7 @@ def log_state(state: LinkState) -> None:
 
 
 def serve(
-    link: NodeLink,
+    source: LinkSource,
     answer: Answer,
     *,
     stop: threading.Event,
@@ -122,7 +73,7 @@ def serve(
     """Answer the SuperLink's messages until ``stop`` is set.
 
     Args:
-        link: where and as whom.
+        source: where and as whom; where it changes, or a file that it names, the node signs on anew.
         answer: from request bytes to reply bytes; if it raises, the sender gets one line and no reply.
         stop: ends the loop within about a second, or when the answer under way has been sent.
         on_state: called when the phase or its detail changes, from this thread.
@@ -131,37 +82,34 @@ def serve(
     Raises:
         DocumentRefused: key or certificate cannot be read; nothing is retried, since nobody would come to mend it.
     """
-    access = FleetAccess(
-        address=link.address,
-        root_certificate=_read_certificate(link.root_certificate),
-        key=load_node_key(link.node_key),
-        max_message_bytes=link.max_message_bytes,
-        heartbeat_seconds=link.heartbeat_seconds,
-    )
+    standing = Standing(source)
+    access = standing.access()
     # httpx writes a line for each request at INFO: twenty a second while a run is on.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     tell = _OnChange(on_state)
     answer_one = partial(_answer_one, answer=answer, stop=stop, on_delivered=on_delivered)
     delay = _FIRST_RETRY_SECONDS
     while not stop.is_set():
-        tell(LinkPhase.CONNECTING, link.address)
+        tell(LinkPhase.CONNECTING, access.address)
         began = time.monotonic()
         try:
-            _one_connection(link, access, answer_one, stop, tell)
+            access = standing.access()
+            _one_connection(standing, access, answer_one, stop, tell)
         except LinkDown as error:
             tell(LinkPhase.UNREACHABLE, str(error))
-        except LinkRefused as error:
+        except (LinkRefused, DocumentRefused) as error:
             # Also what a node meets that came back too soon: its predecessor is still held for online.
             tell(LinkPhase.REFUSED, str(error))
+            standing.try_other_key()
         except Exception:
             # The node's last door: whatever a SuperLink or flwr comes up with, the site stays up for its operator.
             logger.exception("link failed")
             tell(LinkPhase.REFUSED, "unexpected failure; the log has the trace")
-        if time.monotonic() - began > link.retry_cap_seconds:
+        if standing.changed or time.monotonic() - began > standing.link.retry_cap_seconds:
             delay = _FIRST_RETRY_SECONDS
         stop.wait(delay)
-        delay = min(2 * delay, link.retry_cap_seconds)
-    tell(LinkPhase.STOPPED, link.address)
+        delay = min(2 * delay, standing.link.retry_cap_seconds)
+    tell(LinkPhase.STOPPED, access.address)
 
 
 class _OnChange:
@@ -180,20 +128,27 @@ class _OnChange:
 
 
 def _one_connection(
-    link: NodeLink, access: FleetAccess, answer_one: _AnswerOne, stop: threading.Event, tell: _OnChange
+    standing: Standing, access: FleetAccess, answer_one: _AnswerOne, stop: threading.Event, tell: _OnChange
 ) -> None:
-    """Serve until the link fails or ``stop`` is set."""
+    """Serve until the link fails or is another one, or ``stop`` is set."""
+    link = standing.link
     connection = FleetConnection(access)
     lost = threading.Event()
     heart = threading.Thread(target=_beat, args=(connection, link, lost), name="fleet-heartbeat", daemon=True)
     try:
         word = f"node {_sign_on(connection, link)} at {link.address}"
         tell(LinkPhase.ONLINE, word)
+        standing.signed_on()
         heart.start()
-        while not stop.is_set() and not lost.is_set():
+        while not (stop.is_set() or lost.is_set() or standing.changed):
             try:
                 _poll(
-                    connection, link, answer_one, stop=stop, lost=lost, on_contact=lambda: tell(LinkPhase.ONLINE, word)
+                    connection,
+                    link,
+                    answer_one,
+                    over=lambda: stop.is_set() or lost.is_set() or standing.changed,
+                    stop=stop,
+                    on_contact=lambda: tell(LinkPhase.ONLINE, word),
                 )
             except LinkDown as error:
                 # Not a reason to sign on anew: a SuperLink that comes back still holds this node for online, and
@@ -254,13 +209,13 @@ def _poll(
     link: NodeLink,
     answer_one: _AnswerOne,
     *,
+    over: Callable[[], bool],
     stop: threading.Event,
-    lost: threading.Event,
     on_contact: Callable[[], None],
 ) -> None:
     """Answer one message after the other; polls fast after the last one, then ever more slowly."""
     last = time.monotonic() - link.idle_poll_seconds / _POLL_SHARE
-    while not stop.is_set() and not lost.is_set():
+    while not over():
         try:
             parcel = connection.receive()
         except MessageRefused as error:
@@ -335,11 +290,3 @@ def _patiently(operation: Callable[[], Result], stop: threading.Event) -> Result
             if time.monotonic() > deadline or stop.wait(delay):
                 raise
             delay = min(2 * delay, 5.0)
-
-
-def _read_certificate(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(_MAX_CERTIFICATE_BYTES)
-    except OSError as error:
-        raise DocumentRefused(f"root certificate {path}: {error.strerror}; ask the coordinator for it") from error

@@ -61,6 +61,23 @@ def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def next_node_key(path: Path) -> Path:
+    """Where a new key waits until the coordinator has enrolled it in place of the one at ``path``."""
+    return path.with_name(path.name + ".next")
+
+
+def promote_node_key(path: Path) -> None:
+    """The key that waited is the one at ``path`` from here on; what was there opens no door any more.
+
+    Interrupted halfway, it is done again when the node signs on again.
+    """
+    waiting = next_node_key(path)
+    public = waiting.with_name(waiting.name + ".pub")
+    if public.exists():
+        public.replace(path.with_name(path.name + ".pub"))
+    waiting.replace(path)
+
+
 def _write_public(path: Path, key: ec.EllipticCurvePrivateKey) -> Path:
     public = path.with_name(path.name + ".pub")
     public.write_bytes(

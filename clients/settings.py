@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.node import NodeLink
+from clients.link import NodeLink
 from fedgrade.errors import DocumentRefused
 from fedgrade.model.compute import DEVICE
 from fedgrade.trust.canonical import decode_yaml

@@ -30,7 +30,7 @@ _OPTIONS: Final = frozenset(
     )
 )
 _TEXT: Final = """\
-# Where this coordinator listens; read by `fedgrade serve` when it starts.
+# Where this coordinator listens; read by `fedgrade serve` when it starts, and the host again when this file is saved.
 host: {host}   # the name or address by which partners reach it; stands in its certificate
 public_port: {public_port}   # for partners' nodes; open it in the firewall
 admin_port: {admin_port}    # for your own commands; on loopback alone, and behind a token

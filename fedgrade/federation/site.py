@@ -24,6 +24,7 @@ from fedgrade.errors import (
     MessageRefused,
     ModelRefused,
     PolicyViolated,
+    SignatureRefused,
     SiteWaits,
 )
 from fedgrade.federation.activity import AccountStanding, Activity, standings_of
@@ -125,6 +126,24 @@ class Site:
         """The reply to the message ``raw`` has left this machine; whoever carries it says so, any thread."""
         self._outbox.delivered(digest(raw))
 
+    def take_roster(self, roster: Roster) -> None:
+        """Go by ``roster`` from the next request on.
+
+        Raises:
+            SignatureRefused: it names another coordinator, or this site with another key or not at all.
+        """
+        site, before = self._identity.site, self._identity.roster
+        if roster.coordinator != before.coordinator:
+            raise SignatureRefused(f"roster: names another coordinator than {before.coordinator.fingerprint}")
+        if roster.key_of(site) != self._identity.key.public:
+            raise SignatureRefused(f"roster: names {site} with another key than its own")
+        with self._one_at_a_time:
+            self._identity = replace(self._identity, roster=roster)
+            self._sums.take_roster(roster)
+            if not before.sites.items() <= roster.sites.items():
+                # Somebody left, with whom this site may just have signed a set.
+                self._sums.forget()
+
     def answer(self, raw: bytes) -> bytes:
         """The signed reply to the message ``raw``: what was asked for, or a refusal that says why. Never raises.
 
@@ -172,6 +191,8 @@ class Site:
 
     def _admit(self, request: Request, body: AdmitRequest, request_digest: str, policy: Policy) -> bytes:
         opened = self._read_job(body.job_envelope, policy)
+        # Here alone: who is struck off the roster in the middle of a job is not asked any more, and the job goes on.
+        self._require_known(opened.job)
         self._note(job=opened.job.spec.name, stage="shown")
         if opened.job.digest != request.job:
             raise MessageRefused("the sealed job is not the one that the message names")
@@ -282,7 +303,6 @@ class Site:
         coordinator = self._identity.roster.coordinator
         job = open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
         admit(job, policy=policy, site=self._identity.site, declared_items=self._data.declared_items)
-        self._require_known(job)
         require_room(job, self._data)
         holdings = read_holdings(self._data, grading=job.spec.grading, policy=policy, secret=self._secret)
         return OpenJob(job=job, holdings=holdings)

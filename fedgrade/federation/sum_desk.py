@@ -17,6 +17,10 @@ class SumDesk:
     def __init__(self, *, site: SiteId, key: SigningKey, roster: Roster) -> None:
         self._sums = SumSite(site=site, key=key, roster=roster)
 
+    def take_roster(self, roster: Roster) -> None:
+        """Hold what others sign against ``roster`` from here on."""
+        self._sums.take_roster(roster)
+
     def share_key(self, job: TrainingJob) -> str:
         """What other sites encrypt shares under, signed; empty unless sums of ``job`` tolerate dropouts."""
         return self._sums.announce(job.digest).decode() if job.spec.aggregation.tolerate_dropouts else ""

@@ -14,7 +14,7 @@ from flwr.supercore.inflatable import inflatable_object, inflatable_protobuf_uti
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from clients import fleet, node
+from clients import fleet, link, node
 
 
 def test_flwr_is_the_version_that_was_read():
@@ -79,8 +79,8 @@ def test_the_http_client_can_be_told_not_to_follow_redirects():
 
 
 def test_flower_still_takes_the_heartbeats_that_a_site_may_configure():
-    assert constant.HEARTBEAT_MIN_INTERVAL == node._MIN_HEARTBEAT_SECONDS
-    assert constant.HEARTBEAT_MAX_INTERVAL == node._MAX_HEARTBEAT_SECONDS
+    assert constant.HEARTBEAT_MIN_INTERVAL == link._MIN_HEARTBEAT_SECONDS
+    assert constant.HEARTBEAT_MAX_INTERVAL == link._MAX_HEARTBEAT_SECONDS
     assert ErrorCode.CLIENT_APP_RAISED_EXCEPTION == 2
 
 

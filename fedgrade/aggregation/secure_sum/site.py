@@ -90,6 +90,10 @@ class SumSite:
         self._attempt: Attempt = Over()
         self._answers: dict[str, bytes] = {}
 
+    def take_roster(self, roster: Roster) -> None:
+        """Hold what others sign against ``roster`` from here on."""
+        self._roster = roster
+
     def announce(self, job: str) -> bytes:
         """The signed key under which others encrypt shares to this site in ``job``; only recovery needs one."""
         if self._share_key[0] != job:
