@@ -4,14 +4,13 @@ from datetime import datetime
 from typing import Final
 
 from fedgrade.errors import DocumentRefused, SignatureRefused
-from fedgrade.federation.store import write_durably
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.enrolment import EnrolmentRefused, LeaveNotice, Membership, read_notice, roster_digest
 from fedgrade.trust.identity import PublicKey, Roster, SigningKey
 from server.coordinator_folder import CoordinatorFolder
 from server.enrolment import Book, read_book, revoke
 
-KEPT: Final = "left"  # notices that were acted upon, by site
+LEFT: Final = "coordinator/left"  # notices that were acted upon, by site
 _DIGITS: Final = 16
 _DAY: Final = 10  # characters of a time
 
@@ -32,9 +31,8 @@ def revoke_by_notice(folder: CoordinatorFolder, raw: bytes, *, now: datetime) ->
             f"leave notice of {notice.site}: names a roster ({notice.roster[:_DIGITS]}) that this coordinator never "
             "had, and is for another federation"
         )
-    kept = folder.key.parent / KEPT
-    kept.mkdir(mode=0o700, exist_ok=True)
-    write_durably(kept / f"{notice.site}.json", raw)
+    with folder.kept() as kept:
+        kept.write({f"{LEFT}/{notice.site}.json": raw})
     reason = f"left by itself; its signed notice of {notice.made[:_DAY]} has SHA-256 {digest(raw)[:_DIGITS]}"
     revoke(folder, notice.site, reason=reason, now=now)
     return notice

@@ -17,7 +17,7 @@ from fedgrade.trust.canonical import digest
 
 EVERYTHING: Final = ("coordinator", "jobs")
 _KEPT: Final = re.compile(
-    r"coordinator/(?:(?:enrolment|job|patience)\.json|witnessed/[^/]+)"
+    r"coordinator/(?:(?:enrolment|job|patience)\.json|(?:witnessed|left)/[^/]+)"
     r"|jobs/[^/]+/(?:checkpoint|receipts|evaluation|release)/.+"
 )
 _CHECKPOINT: Final = re.compile(r"jobs/[^/]+/checkpoint/.+")
