@@ -28,7 +28,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
+    _get_computed_object_ids,
     get_object_id,
     get_object_tree,
     no_object_id_recompute,
@@ -260,10 +260,10 @@ class FleetConnection:
             self._client.close()
 
     def _push(self, message: Message) -> None:
-        # Otherwise flwr hashes the whole reply anew whenever a name is asked for: a dozen times a push.
         with no_object_id_recompute():
+            bodies = _bodies(message)
             message.metadata.__dict__["_message_id"] = message.object_id
-            tree, objects = get_object_tree(message), get_all_nested_objects(message)
+            tree = get_object_tree(message)
         response = self._call(
             self._client.PushMessages,
             PushMessagesRequest(
@@ -279,12 +279,9 @@ class FleetConnection:
             message.metadata.run_id,
             response.session_id,
         )
-        wanted = set(response.objects_to_push)
+        wanted = [(name, bodies[name]) for name in response.objects_to_push if name in bodies]
         try:
-            with no_object_id_recompute():
-                push_object_contents_from_iterable(
-                    ((name, item.deflate()) for name, item in objects.items() if name in wanted), push
-                )
+            push_object_contents_from_iterable(wanted, push)
         except ObjectPushError as error:
             raise LinkRefused(f"SuperLink {self._access.address}: {error}") from error
 
@@ -315,6 +312,23 @@ class FleetConnection:
             raise MessageRefused("SuperLink response: a plain body of declared length is required")
         if int(length) > limit:
             raise MessageRefused(f"SuperLink response of {length} bytes: at most {limit} bytes are read")
+
+
+def _bodies(message: Message) -> dict[str, bytes]:
+    """What every object of ``message`` is sent as, by its name; within ``no_object_id_recompute``.
+
+    Flower by itself spells and hashes the whole reply three times, each time in several copies. Children come first:
+    what holds them then finds their names.
+    """
+    bodies: dict[str, bytes] = {}
+    content = message.content if message.has_content() else None
+    for item in (*((content[RECORD], content) if content is not None else ()), message):
+        body = item.deflate()
+        name = get_object_id(body)
+        bodies[name] = body
+        item.__dict__["_object_id"] = name
+        _get_computed_object_ids().add(name)
+    return bodies
 
 
 def _announced_record(parcel: Parcel) -> str:

@@ -12,6 +12,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedgrade.errors import MessageRefused, RoundFailed
 from fedgrade.trust.identity import SiteId
+from server.posting import post_of
 from server.replies import FIELD, RECORD, Reply, source_of
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class GridCohort:
         self.nodes = nodes
         self.watch = watch
         self._grid = grid
+        self._post = post_of(grid)
         self._poll_seconds = poll_seconds
         self._max_reply_bytes = max_reply_bytes
 
@@ -74,30 +76,36 @@ class GridCohort:
 
     def _push(self, requests: Mapping[SiteId, bytes], *, ttl: float) -> dict[str, SiteId]:
         """Send ``requests``; which message id awaits which site."""
-        awaited = {}
-        for site, envelope in requests.items():
-            node = self.nodes.get(site)
-            if node is None:
-                logger.warning("site %s: no node is known for it, so it is not asked", site)
-            elif message_id := self._push_one(node, envelope, ttl=ttl):
-                awaited[message_id] = site
-            else:
-                logger.warning("site %s: the SuperLink did not take the message for node %d", site, node)
-        return awaited
+        nodes = {site: node for site in requests if (node := self.nodes.get(site)) is not None}
+        for site in requests.keys() - nodes.keys():
+            logger.warning("site %s: no node is known for it, so it is not asked", site)
+        messages = _messages(requests, nodes, ttl=ttl)
+        try:
+            accepted = self._post.send(list(messages.values()))
+        except ObjectPushError as error:
+            # Which of them it was is not said.
+            logger.info("messages sent again, one by one (%s)", error)
+            accepted = set()
+            for site, node in nodes.items():
+                messages[site], taken = self._push_one(node, requests[site], ttl=ttl)
+                accepted |= taken
+        awaited = {message.metadata.message_id: site for site, message in messages.items()}
+        for name in awaited.keys() - accepted:
+            site = awaited[name]
+            logger.warning("site %s: the SuperLink did not take the message for node %d", site, nodes[site])
+        return {name: site for name, site in awaited.items() if name in accepted}
 
-    def _push_one(self, node: int, envelope: bytes, *, ttl: float) -> str | None:
-        """The id of the message that carries ``envelope`` to ``node``, or None if it was not taken."""
+    def _push_one(self, node: int, envelope: bytes, *, ttl: float) -> tuple[Message, set[str]]:
+        """The message that carries ``envelope`` to ``node``, and its id if it was taken."""
         for _ in range(_PUSH_TRIES):
-            message = Message(RecordDict({RECORD: ConfigRecord({FIELD: envelope})}), node, MESSAGE_TYPE, ttl=ttl)
+            message = Message(_content(envelope), node, MESSAGE_TYPE, ttl=ttl)
             try:
-                accepted = list(self._grid.push_messages([message]))
+                return message, self._post.send([message])
             except ObjectPushError as error:
                 # Flower repeats an upload whose answer was lost, and then refuses the bytes because it has them. A
                 # new message finds them there; a site that gets both sends the same reply twice.
                 logger.info("node %d: message sent again (%s)", node, error)
-                continue
-            return message.metadata.message_id if message.metadata.message_id in accepted else None
-        return None
+        return message, set()
 
     def _collect(self, awaited: Mapping[str, SiteId], deadline: float) -> dict[SiteId, Reply]:
         """Replies by site, as they come, until all are there or the deadline has passed."""
@@ -134,6 +142,16 @@ class GridCohort:
         except MessageRefused as error:
             logger.warning("site %s: reply dropped: %s", site, error)
             return None
+
+
+def _messages(requests: Mapping[SiteId, bytes], nodes: Mapping[SiteId, int], *, ttl: float) -> dict[SiteId, Message]:
+    """A message a site; those that say the same share what they carry, which is then hashed and sent once."""
+    contents = {envelope: _content(envelope) for envelope in set(requests.values())}
+    return {site: Message(contents[requests[site]], node, MESSAGE_TYPE, ttl=ttl) for site, node in nodes.items()}
+
+
+def _content(envelope: bytes) -> RecordDict:
+    return RecordDict({RECORD: ConfigRecord({FIELD: envelope})})
 
 
 def _drain(inbox: "queue.SimpleQueue[Reply]", pause: float, wanted: int) -> Iterator[Reply]:

@@ -46,6 +46,7 @@ from server.metrics import Application, Metrics, Receive, Scope, Send
 from server.node_identity import KeyOwnsNode
 from server.private_files import read_private
 from server.signed_requests import SignedRequests, declared_length
+from server.slices import in_slices
 
 # Nothing leaves the machine unless its operator asks: no telemetry, no update check, no package index.
 QUIET: Final = {
@@ -281,7 +282,7 @@ def _listening(
     files: ServerCertificates, application: Application, *, host: str, port: int, lifespan: str = "on"
 ) -> uvicorn.Config:
     return uvicorn.Config(
-        application,
+        in_slices(application),
         host=host,
         port=port,
         lifespan=lifespan,  # type: ignore[arg-type]

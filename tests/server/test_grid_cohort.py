@@ -127,7 +127,7 @@ def test_a_site_that_cannot_be_sent_to_is_absent(monkeypatch, caplog):
     push = grid.push_messages
 
     def refuse_one(messages):
-        if messages[0].metadata.dst_node_id == 101:
+        if any(message.metadata.dst_node_id == 101 for message in messages):
             raise ObjectPushError("object", 7, "session")
         return push(messages)
 

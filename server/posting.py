@@ -1,0 +1,97 @@
+"""How requests reach the SuperLink: any Grid by its public method, or Flower's HttpGrid with every object spelt once.
+
+Knows flwr's private ``HttpGrid`` (pinned ``>=1.41,<1.42``; tests/server/test_flwr_contract.py holds the names).
+``HttpGrid.push_messages`` spells and hashes what a message carries six times over for three sites, each time in several
+copies: at a hundred megabytes, most of a round.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.runtime_pb2 import PushAppMessagesRequest
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    _get_computed_object_ids,
+    get_object_id,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import push_object_contents_from_iterable
+from flwr.superlink.grid import HttpGrid
+
+from server.replies import RECORD
+
+
+class Post(Protocol):
+    """Takes messages."""
+
+    def send(self, messages: Sequence[Message]) -> set[str]:
+        """Ids of those that the SuperLink took.
+
+        Raises:
+            ObjectPushError: it did not take what one of them carries.
+        """
+
+
+def post_of(grid: Grid) -> Post:
+    """The fitting post for ``grid``."""
+    return _HttpPost(grid) if isinstance(grid, HttpGrid) else _GridPost(grid)
+
+
+class _GridPost:
+    """Any Grid, by its public method."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def send(self, messages: Sequence[Message]) -> set[str]:
+        return set(self._grid.push_messages(messages))
+
+
+class _HttpPost:
+    """Flower's HttpGrid: one request that announces all messages, then what the SuperLink does not have yet."""
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._grid = grid
+        self._client = grid._runtime_client  # noqa: SLF001
+        self._run_id = grid.run.run_id
+
+    def send(self, messages: Sequence[Message]) -> set[str]:
+        with no_object_id_recompute():
+            bodies = _bodies(messages)
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+            trees = [get_object_tree(message) for message in messages]
+        bare = [message_to_proto(remove_content_from_message(message)) for message in messages]
+        announced = self._client.PushMessages(PushAppMessagesRequest(messages_list=bare, message_object_trees=trees))
+        push = make_push_object_fn_protobuf(
+            self._client.PushObject, self._grid.node, self._run_id, announced.session_id
+        )
+        wanted = [(name, bodies[name]) for name in announced.objects_to_push if name in bodies]
+        push_object_contents_from_iterable(wanted, push)
+        return set(announced.message_ids)
+
+
+def _bodies(messages: Sequence[Message]) -> dict[str, bytes]:
+    """What every object of ``messages`` is sent as, by its name; within ``no_object_id_recompute``.
+
+    Children come first: what holds them then finds their names and does not spell them anew.
+    """
+    bodies: dict[str, bytes] = {}
+    seen: set[int] = set()
+    for message in messages:
+        content = message.content
+        for item in (content[RECORD], content, message):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            body = item.deflate()
+            name = get_object_id(body)
+            bodies[name] = body
+            item.__dict__["_object_id"] = name
+            _get_computed_object_ids().add(name)
+    return bodies
