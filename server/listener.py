@@ -22,6 +22,7 @@ import uvicorn
 logger = logging.getLogger(__name__)
 
 _LOOKS: Final = 10  # within the time for a header
+_HEAP: Final = 4  # requests
 _PAUSE_SECONDS: Final = 0.05
 _IPV6_SITE_BITS: Final = 64  # one customer of a provider holds all addresses below such a prefix
 _SPARE_FILES: Final = 256
@@ -266,8 +267,9 @@ def _watched(base: Any) -> Any:
             super().data_received(data)
             if place.busy:
                 place.header_bytes, place.waiting_since = 0, None
-            # Nodes wait for one answer before they ask again; requests in a heap would only take memory.
-            if place.header_bytes > self.watch.limits.header_bytes or getattr(self, "pipeline", None):
+            # A node waits for one answer before it asks again, though it may have all of it before uvicorn has noted its
+            # end; requests in a heap would only take memory.
+            if place.header_bytes > self.watch.limits.header_bytes or len(getattr(self, "pipeline", ())) > _HEAP:
                 place.close()
 
         def connection_lost(self, exc: Exception | None) -> None:

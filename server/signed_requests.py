@@ -115,7 +115,8 @@ class SignedRequests:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
         if scope["path"] == HEALTH and scope["method"] in {"GET", "HEAD"}:
-            await self._application(scope, receive, send)
+            # Answered here: whoever asks this often should not reach further.
+            await _answer(send, 200, b'{"status":"ok"}')
             return
         try:
             headers = _headers(scope)
@@ -268,14 +269,15 @@ def _given(body: bytes, receive: Receive) -> Receive:
 async def _refuse(scope: Scope, send: Send, refused: _Refused, *, session: str) -> None:
     # In the form in which flwr's clients read what went wrong.
     said = json.dumps({"code": 0, "detail": refused.reason}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(said)).encode()),
-        (SESSION_HEADER.encode(), session.encode()),
-    ]
+    headers = [(SESSION_HEADER.encode(), session.encode())]
     length = declared_length(dict(scope["headers"]).get(b"content-length", b""))
     # A small body that nobody wants is cheaper to pass over than a new connection would be.
     if length is None or length > _PASSED_OVER_BYTES:
         headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await _answer(send, refused.status, said, *headers)
+
+
+async def _answer(send: Send, status: int, said: bytes, *headers: tuple[bytes, bytes]) -> None:
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(said)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": said})

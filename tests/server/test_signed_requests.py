@@ -94,7 +94,7 @@ class Door:
 
         await self.door(scope, noted, send)
         start, end = sent
-        said = json.loads(end["body"])["detail"] if end["body"] else ""
+        said = json.loads(end["body"] or "{}").get("detail", "")
         self.told = dict(start["headers"])
         return start["status"], said, bool(read)
 
@@ -112,6 +112,7 @@ def test_a_signed_request_comes_through_as_it_was_sent(door):
 
 def test_health_needs_no_signature(door):
     assert door.ask([], path="/health", method="GET")[0] == 200
+    assert door.through == []
     assert door.ask([], path="/health", method="POST")[0] == 413
 
 
