@@ -223,12 +223,18 @@ def test_a_secure_sum_hides_uploads_from_the_coordinator_alone(tmp_path, monkeyp
     assert "aggregation secure sum" in page.text
 
 
+# As many items each: one plan of steps by Poisson sampling, which takes seconds to solve, does for both.
+ALIKE = ("bremen", "gdansk")
+
+
 def test_floating_point_noise_is_owned_up_to(federations, tmp_path):
     spec = LocalSgdSpec(
         target_epsilon=3.0, delta=1e-5, evaluation_epsilon=1.0, centre_share=0.2, rounds=2, max_grad_norm=1.0,
         sampling_rate=0.125, local_steps=4, learning_rate=0.5,
     )  # fmt: skip
-    folder = folder_of(federations, tmp_path, federations.Story(privacy=spec), composition="mixed")
+    folder = folder_of(
+        federations, tmp_path, federations.Story(privacy=spec, sites=ALIKE), sites=ALIKE, composition="mixed"
+    )
     page = Page(report(folder))
     assert "DP-SGD steps carry floating-point noise" in page.text
     assert "from ( ε , δ ) alone [1] for DP-SGD" in page.text
