@@ -79,6 +79,9 @@ class GridCohort:
         nodes = {site: node for site in requests if (node := self.nodes.get(site)) is not None}
         for site in requests.keys() - nodes.keys():
             logger.warning("site %s: no node is known for it, so it is not asked", site)
+        if not nodes:
+            # Flower answers an empty list with an error of its own.
+            return {}
         messages = _messages(requests, nodes, ttl=ttl)
         try:
             accepted = self._post.send(list(messages.values()))

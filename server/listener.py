@@ -267,8 +267,8 @@ def _watched(base: Any) -> Any:
             super().data_received(data)
             if place.busy:
                 place.header_bytes, place.waiting_since = 0, None
-            # A node waits for one answer before it asks again, though it may have all of it before uvicorn has noted its
-            # end; requests in a heap would only take memory.
+            # A node waits for one answer before it asks again, though it may have all of it before uvicorn has noted
+            # its end; requests in a heap would only take memory.
             if place.header_bytes > self.watch.limits.header_bytes or len(getattr(self, "pipeline", ())) > _HEAP:
                 place.close()
 
