@@ -193,6 +193,19 @@ def test_requests_in_a_heap_are_not_taken(listening):
     assert ended(connection)
 
 
+def test_the_next_request_may_come_before_the_end_of_an_answer_is_noted(listening):
+    # As flwr's layers send it: all of the body first, and its end in a message of its own.
+    listening.hold.clear()
+    with listening.tls() as connection:
+        connection.sendall(ASK + ASK)
+        listening.hold.set()
+        said = b""
+        while said.count(b"HTTP/1.1 200") < 2:
+            part = connection.recv(4096)
+            assert part
+            said += part
+
+
 def test_strangers_make_room_for_whoever_comes_and_says_at_once_what_it_wants(listening):
     held = [listening.raw() for _ in range(40)]
     with listening.tls() as connection:
