@@ -212,8 +212,12 @@ def test_a_partner_that_is_revoked_in_mid_run_is_refused_and_a_model_comes_of_it
 
     assert "stopped" in typed("stop", federation.coordinator)
     assert "no run is on" in typed("stop", federation.coordinator)
+    assert "stopped: by `fedgrade stop`" in typed("runs", federation.coordinator)
+    watched = typed("watch", federation.coordinator, "--once")
+    assert re.search(rf"{GONE} missing since stage \d+, [\d:]+: revoked", watched), watched
     assert "model release" in typed("resume", federation.coordinator)
     assert (lines()[-1]["stage"], lines()[-1]["answered"]) == (stages, 1)
+    assert re.search(rf"{stages} of {stages} +released", typed("runs", federation.coordinator))
     assert federation.online() == {STAYS}
     assert "refused" in typed("site", "status", federation.site_file(GONE))
     proof = federation.verified()

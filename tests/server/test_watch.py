@@ -3,26 +3,31 @@
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 from fedgrade.cli import cli
-from fedgrade.errors import RoundFailed
+from fedgrade.errors import JobRefused, RoundFailed
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.progress import Progress
 from fedgrade.federation.rounds import Stage
+from fedgrade.job import plan_job
 from fedgrade.trust.enrolment import utc_text
 from server import progress_file
+from server.attached import NotServing
 from server.coordinate import run_folder
+from server.coordinator_file import CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder
+from server.enrolment import create_coordinator
 from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, Refused, read_awaited, read_refusals
 from server.run_record import note_stopped, read_record
 from server.runs import KnownRun, known_runs
 from server.watch_command import RunEnded
 from server.watch_page import RunView, page, seconds_left
-from tests.federation.small_federation import NAMES, POLICY, SmallFederation, quick_noise, with_privacy
+from tests.federation.small_federation import DECLARED, NAMES, POLICY, SmallFederation, quick_noise, with_privacy
 
 A, B, C = NAMES
 NOW = datetime(2026, 11, 21, 14, 30, tzinfo=UTC)
@@ -46,8 +51,14 @@ def federation(tmp_path):
 @pytest.fixture
 def folder(federation):
     folder = CoordinatorFolder(root=federation.root)
-    folder.put_job(federation.job(with_privacy(rounds=ROUNDS)))
+    folder.put_job(planned())
     return folder
+
+
+@cache
+def planned(nonce="0"):
+    """The same in every federation of these names; planned once, because accountants take their time."""
+    return plan_job(with_privacy(rounds=ROUNDS), declared_items=dict.fromkeys(NAMES, DECLARED), nonce=nonce)
 
 
 class Moody:
@@ -125,7 +136,7 @@ def test_runs_tells_released_failed_and_interrupted_apart(federation, folder):
         run_folder(folder, cohort, report=lambda _: None)
     (run,) = known_runs(folder)
     assert (run.state, run.done, run.began, run.why) == ("released", ROUNDS + 2, began, "")
-    folder.put_job(federation.job(with_privacy(rounds=ROUNDS), nonce="1"))
+    folder.put_job(planned("1"))
     assert [run.state for run in known_runs(folder)] == ["not begun", "released"]
     listed = typed("runs", folder.root)
     first, second = listed.output.splitlines()[1:]
@@ -163,7 +174,7 @@ def test_a_damaged_record_hides_no_other_run(federation, folder):
     with federation.answers() as answers:
         run_folder(folder, InProcessCohort(sites=answers), report=lambda _: None)
     first = folder.read_job()
-    folder.put_job(federation.job(nonce="1"))
+    folder.put_job(planned("1"))
     other = folder.root / "jobs" / ("0" * 16)
     other.mkdir()
     (other / "run.json").write_bytes(b"\x00")
@@ -223,6 +234,18 @@ def test_a_run_that_comes_to_nothing_is_an_error_for_whoever_watches(federation,
     runner.join()
     assert isinstance(followed.exception, RunEnded)
     assert "failed: train round 0: 0 sites answered" in str(followed.exception)
+
+
+def test_resume_goes_where_the_partners_are(federation, tmp_path):
+    nothing = typed("resume", federation.root)
+    assert isinstance(nothing.exception, JobRefused)
+    assert "no job here; start one with `fedgrade run`" in str(nothing.exception)
+    settings = CoordinatorSettings(host="coordinator.example", public_port=1, admin_port=2, interface="127.0.0.1")
+    create_coordinator(tmp_path / "coordinator", settings, now=NOW)
+    elsewhere = typed("resume", tmp_path / "coordinator")
+    assert isinstance(elsewhere.exception, NotServing)
+    here = typed("resume", tmp_path / "coordinator", "--engine", "in-process")
+    assert "on machines of their own; give --engine served" in str(here.exception)
 
 
 def test_a_folder_without_a_job_says_so(federation):
