@@ -154,15 +154,18 @@ class SignedRequests:
                 f"{self._allowance.bytes_at_once}",
                 known=known,
             )
+        # Before the signature, which costs more: who repeats a request would have us check it again each time.
+        used = self._unused(asker, claim.nonce, claim.time // _MICROSECONDS, now=now, known=known)
         try:
             signed.verify(key)
         except SignatureRefused as error:
             raise _Refused(401, str(error)) from error
-        self._remember(asker, claim.nonce, claim.time // _MICROSECONDS, now=now, known=known)
+        # Nothing was awaited since, so that no second request came between.
+        used.add(claim.nonce)
         return asker
 
-    def _remember(self, asker: _Asker, nonce: str, at: int, *, now: float, known: str) -> None:
-        """Note that ``nonce`` was used; nothing is awaited here, so that no second request comes between."""
+    def _unused(self, asker: _Asker, nonce: str, at: int, *, now: float, known: str) -> set[str]:
+        """Where ``nonce`` is to be noted, for it was not used yet."""
         for slot in [slot for slot in asker.nonces if (slot + 1) * _SLOT_SECONDS < now - WINDOW_SECONDS]:
             del asker.nonces[slot]
             asker.forgotten = max(asker.forgotten, (slot + 1) * _SLOT_SECONDS)
@@ -179,7 +182,7 @@ class SignedRequests:
                 f"over {self._allowance.requests} requests of this node key within {WINDOW_SECONDS} s; wait",
                 known=known,
             )
-        used.add(nonce)
+        return used
 
     async def _read(self, receive: Receive, length: int, digest: str) -> bytes:
         """The body, whole and as it was signed."""

@@ -209,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     os.environ.update(QUIET)
     configure_logs(logging.WARNING)
+    # It has a handler of its own, and would say everything twice.
+    logging.getLogger("flwr").propagate = False
     run(
         SuperLinkSettings(
             public_host=given.public_host,
