@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS: Final = 0.5
 _READER_SECONDS: Final = 5.0
+# For `fedgrade serve` to see that a run's process is gone, and to submit the run again.
+_TAKEN_UP_SECONDS: Final = 30.0
 
 
 def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], patience: Patience) -> None:
@@ -165,8 +167,29 @@ def _watch(control: Control, run_id: int, root: Path) -> None:
             if status.outcome == "completed":
                 return
             if status.finished:
-                raise _not_completed(run_id, status.outcome, status.details, root)
+                further = _taken_up(control, root) if status.outcome == "failed" else None
+                if further is None:
+                    raise _not_completed(run_id, status.outcome, status.details, root)
+                run_id = further
         time.sleep(_LOOK_SECONDS)
+
+
+def _taken_up(control: Control, root: Path) -> int | None:
+    """The run that goes on in place of one whose process was killed; None if it failed in its own words, or none does.
+
+    Raises:
+        ControlRefused: no answer.
+    """
+    folder, end = CoordinatorFolder(root=root), time.monotonic() + _TAKEN_UP_SECONDS
+    job_folder = folder.job_folder(folder.read_job())
+    while time.monotonic() < end:
+        record = read_record(job_folder)
+        if record is None or record.outcome:
+            return None
+        if going := control.unfinished():
+            return going[0]
+        time.sleep(_LOOK_SECONDS)
+    return None
 
 
 def _after_a_restart(control: Control, run_id: int, root: Path) -> tuple[bool, int]:

@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import Final
 
 from fedgrade.errors import FedgradeError
-from fedgrade.job import TrainingJob
-from server.app import RUN_DIRECTORY
-from server.attached import Listening, admin_authority, announced, is_held, only_server
+from server.attached import Listening, admin_authority, announced, only_server
 from server.certificates import certify
 from server.control import Control
 from server.coordinator_file import NAME, read_settings
 from server.coordinator_folder import CoordinatorFolder
 from server.deployment import Deployment, DeploymentFailed, Listen
 from server.enrolment import bring_up_to_date, node_keys
+from server.interrupted_run import InterruptedRun
 from server.local_federation import LocalFederation
-from server.nodes_file import read_nodes, version, write_nodes
-from server.run_record import read_record
+from server.nodes_file import version, write_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ _RENEW_LOOK_SECONDS: Final = 3600.0
 def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Path], None]) -> None:
     """Serve the coordinator's folder ``root`` until ``stop`` is set; who is enrolled meanwhile may connect.
 
-    A run that was on when the coordinator's processes died goes on as soon as enough of its sites are back.
+    A run whose process died, with the others or alone, goes on as soon as enough of its sites are back.
 
     Args:
         root: the folder; one made by ``fedgrade coordinator init`` says where to listen, any other is on loopback.
@@ -64,7 +62,7 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
     with folder.kept(), only_server(root), Deployment(root, listen=listen) as deployment:
         if not folder.book.exists():
             LocalFederation(root=root).connect(deployment.address, deployment.authority)
-        nodes, interrupted = _NodeList(deployment.control, folder), _InterruptedRun(deployment.control, folder)
+        nodes, interrupted = _NodeList(deployment.control, folder), InterruptedRun(deployment.control, folder)
         nodes.bring_up_to_date()
         certificates = _Certificates(folder)
         with announced(root, Listening(address=deployment.address, admin=deployment.admin)):
@@ -76,7 +74,7 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
                     logger.error("started again: %s", error)  # noqa: TRY400 -- the line says it all
                     deployment.restart()
                     nodes.bring_up_to_date()
-                    interrupted = _InterruptedRun(deployment.control, folder)
+                    interrupted = InterruptedRun(deployment.control, folder)
                 nodes.follow()
                 certificates.follow()
                 interrupted.follow()
@@ -106,47 +104,6 @@ class _Certificates:
                 certify(superlink, [], now=now)
         except FedgradeError as error:
             logger.warning("certificates and bundle are as before: %s", error)
-
-
-class _InterruptedRun:
-    """The run that was on when the processes of this folder died, until it is on again."""
-
-    def __init__(self, control: Control, folder: CoordinatorFolder) -> None:
-        self._control = control
-        self._folder = folder
-        self._job = self._found()
-
-    def follow(self) -> None:
-        """Submit the run once enough of its sites are online, unless somebody else did; what fails is tried again."""
-        if self._job is None or is_held(self._folder.ledger):
-            return
-        try:
-            if self._control.unfinished() or not self._is_interrupted(self._job):
-                self._job = None
-            elif self._enough_online(self._job):
-                run_id = self._control.submit({RUN_DIRECTORY: str(self._folder.root.resolve())})
-                logger.warning("run %d goes on with job %s, which was interrupted", run_id, self._job.digest[:16])
-                self._job = None
-        except FedgradeError as error:
-            logger.warning("interrupted run not taken up yet: %s", error)
-
-    def _found(self) -> TrainingJob | None:
-        if not self._folder.current_job.exists():
-            return None
-        try:
-            job = self._folder.read_job()
-        except FedgradeError as error:
-            logger.warning("no run is taken up: %s", error)
-            return None
-        return job if self._is_interrupted(job) else None
-
-    def _is_interrupted(self, job: TrainingJob) -> bool:
-        record = read_record(self._folder.job_folder(job))
-        return record is not None and not record.outcome
-
-    def _enough_online(self, job: TrainingJob) -> bool:
-        nodes, online = read_nodes(self._folder.root), self._control.online()
-        return sum(nodes.get(site) in online for site in job.participants) >= job.spec.aggregation.minimum_sites
 
 
 class _NodeList:
