@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,9 +96,13 @@ class Served:
 
     def __enter__(self):
         self._environment = {**os.environ, MARK: str(self.root)}
-        self.open_house()
-        self.keep_serving()
-        self.wait_online()
+        with ExitStack() as stack:
+            stack.callback(self.__exit__)
+            self.open_house()
+            self.keep_serving()
+            self.wait_online()
+            # It stands: what ends it is the end of the block, and not of this method.
+            stack.pop_all()
         return self
 
     def __exit__(self, *_exception):
@@ -108,13 +112,7 @@ class Served:
 
     def open_house(self):
         """Start every partner's node."""
-        program = [
-            *self._where,
-            sys.executable,
-            str(Path(__file__).with_name("house.py")),
-            str(REPOSITORY),
-            str(self.root),
-        ]
+        program = [*self._where, sys.executable, str(REPOSITORY / "tests" / "faults" / "house.py"), str(REPOSITORY)]
         with (self.root / "logs" / "house.log").open("ab") as log:
             self._house = subprocess.Popen(
                 [*program, str(self.root), self.address, *self.sites],
@@ -126,6 +124,8 @@ class Served:
 
     def close_house(self):
         """End every partner's node."""
+        if self._house is None:
+            return
         self._house.stdin.close()
         assert self._house.wait(PATIENCE_SECONDS) == 0
 
@@ -206,8 +206,8 @@ class Served:
                 said.append(f"{type(error).__name__}: {error}")
         raise AssertionError(said)
 
-    def once(self, *, deadline_seconds=36.0):
-        """What `fedgrade resume` does, typed once, by an operator who stops a run whose process was killed.
+    def once(self, *, deadline_seconds=36.0, attended=True):
+        """What `fedgrade resume` does, typed once; an operator who is there stops a run whose process was killed.
 
         Raises:
             FedgradeError: what it says.
@@ -215,7 +215,8 @@ class Served:
         self.keep_serving()
         over = threading.Event()
         watching = threading.Thread(target=self._stop_what_has_no_process, args=(over,))
-        watching.start()
+        if attended:
+            watching.start()
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(control_module, "_BUNDLE", with_wires())
@@ -223,7 +224,8 @@ class Served:
                 resume_served(Console(file=io.StringIO()), self.root, patience=patience)
         finally:
             over.set()
-            watching.join()
+            if attended:
+                watching.join()
 
     def _stop_what_has_no_process(self, over):
         """What `fedgrade stop` does, typed by an operator who sees that the run's process alone was killed."""
