@@ -41,6 +41,8 @@ def page(status: AgentStatus) -> RenderableType:
     doing = status.activity
     facts.add_row("job", _plain(f"{doing.job}: {doing.stage}" if doing.job else "none yet"))
     facts.add_row("last refusal", _plain(doing.refusal or "none"))
+    if status.undelivered:
+        facts.add_row("undelivered", f"{status.undelivered} of the answers that were charged for")
     if not status.budgets:
         return Group(facts, Text("no data is under account yet"))
     budgets = Table("cohort", "items", "epsilon spent", "", "ceiling", box=None, pad_edge=False)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Final, Literal
 
 from rich.console import Group, RenderableType
@@ -165,14 +165,16 @@ def _grid(view: RunView, *, width: int, lines: int) -> Iterator[Text]:
     a_cell = math.ceil(len(view.stages) / max(1, width - 2 - room))
     columns = math.ceil(len(view.stages) / a_cell)
     ticks = "".join(f"{(column + _TICK) * a_cell:>{_TICK}}" for column in range(0, columns - _TICK + 1, _TICK))
-    yield Text(f"{'':{room}}  {ticks}", style="bright_black")
+    if ticks:
+        yield Text(f"{'':{room}}  {ticks}", style="bright_black")
     shown, others = _chosen(view, lines)
     for site in shown:
         cells = view.cells(site)
         row = Text(f"{_short(site, room):{room}}  ", style="bright_black" if site in view.revoked else "")
-        for start in range(0, len(cells), a_cell):
-            character, style = _LOOKS[min(cells[start : start + a_cell], key=list(_LOOKS).index)]
-            row.append(character, style=style)
+        worst = (min(cells[start : start + a_cell], key=list(_LOOKS).index) for start in range(0, len(cells), a_cell))
+        for cell, alike in groupby(worst):
+            character, style = _LOOKS[cell]
+            row.append(character * len(list(alike)), style=style)
         yield row
     if others:
         yield Text(others, style="bright_black")

@@ -36,6 +36,11 @@ def test_a_fresh_site_says_that_nothing_happened_yet(path):
     assert "running, idle, 0 requests answered" in text
     assert "job           none yet" in text
     assert "no data is under account yet" in text
+    assert "undelivered" not in text
+
+
+def test_answers_that_were_paid_for_and_not_seen_to_leave_are_told(path):
+    assert "undelivered   2 of the answers that were charged for" in shown(path, Words(undelivered=lambda: 2))
 
 
 def test_job_refusal_and_budgets_are_told_and_rounded_against_the_site(path):
