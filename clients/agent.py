@@ -281,8 +281,8 @@ class _Servicer(AgentServicer):  # type: ignore[misc]  # generated code has no t
 def undelivered_words(answers: int) -> str:
     """Why a site with so many undelivered answers does not leave."""
     return (
-        f"answers charged for and not seen to reach the coordinator: {answers}; let the node run until they did, or leave "
-        "with --undelivered, and their privacy was spent for nothing"
+        f"answers charged for and not seen to reach the coordinator: {answers}; let the node run until they did, or "
+        "leave with --undelivered, and their privacy was spent for nothing"
     )
 
 
