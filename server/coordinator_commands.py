@@ -36,7 +36,7 @@ def coordinator() -> None:
 @click.option(
     "--database", default=FILES, show_default=True, help="Keep runs and enrolments there: postgresql://user@host/name."
 )
-def init(folder: Path, host: str, public_port: int, admin_port: int, interface: str, database: str) -> None:
+def init(folder: Path, *, host: str, public_port: int, admin_port: int, interface: str, database: str) -> None:
     """Make a coordinator in FOLDER: its key, its authority, an empty roster, coordinator.yaml.
 
     Nothing is overwritten. Keep FOLDER readable by one user alone, and back up FOLDER/coordinator.

@@ -53,6 +53,13 @@ def test_replies_may_come_one_after_another():
     assert ask({"a": slow, "b": echo}, {"a": b"1", "b": b"2"}, deadline_seconds=30) == {"a": b"1!", "b": b"2!"}
 
 
+def test_whoever_watches_is_told_all_the_time_who_has_not_answered():
+    awaited = []
+    ask({"a": echo, "b": silent}, {"a": b"1", "b": b"2"}, watch=lambda sites: awaited.append(set(sites)))
+    assert awaited[0] == {"a", "b"}
+    assert awaited[-1] == {"b"}
+
+
 @pytest.mark.parametrize(
     "bad",
     [
