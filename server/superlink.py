@@ -39,8 +39,9 @@ from starlette.middleware import Middleware
 
 from fedgrade.logs import configure_logs
 from server.certificates import ServerCertificates
+from server.connections import Watch
 from server.enrolled_keys import EnrolledKeys
-from server.listener import GuardedServer, Watch
+from server.listener import GuardedServer
 from server.live_certificate import follow_certificates
 from server.metrics import Application, Metrics, Receive, Scope, Send
 from server.node_identity import KeyOwnsNode

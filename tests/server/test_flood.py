@@ -7,8 +7,8 @@ import pytest
 
 from clients.fleet import LinkRefused
 from clients.node_key import create_node_key
+from server.connections import Limits
 from server.deployment import Deployment
-from server.listener import Limits
 from tests.server.flood import Caught, connection, flood, lorises, withstand
 
 pytestmark = pytest.mark.flower

@@ -7,12 +7,14 @@ import ssl
 import threading
 import time
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 import uvicorn
 
 from server.certificates import certify
-from server.listener import GuardedServer, Limits, Watch, _origin, _Place
+from server.connections import Limits, Place, Watch, origin
+from server.listener import GuardedServer
 
 pytestmark = pytest.mark.flower
 
@@ -246,16 +248,16 @@ def test_nothing_is_left_of_connections_that_ended(listening):
 
 
 def test_all_of_one_customers_addresses_count_as_one():
-    assert _origin("2001:db8:1:2::1") == _origin("2001:db8:1:2:ffff::9") != _origin("2001:db8:1:3::1")
-    assert _origin("192.0.2.1") == _origin("::ffff:192.0.2.1") != _origin("192.0.2.2")
-    assert _origin("fe80::1%eth0")
+    assert origin("2001:db8:1:2::1") == origin("2001:db8:1:2:ffff::9") != origin("2001:db8:1:3::1")
+    assert origin("192.0.2.1") == origin("::ffff:192.0.2.1") != origin("192.0.2.2")
+    assert origin("fe80::1%eth0")
 
 
 def test_there_is_a_bound_for_all_addresses_together():
     watch, closed = Watch(LIMITS), []
     for number in range(100):
-        place = _Place((f"192.0.2.{number}", 1))
-        place.task = type("Task", (), {"cancel": lambda _self, number=number: closed.append(number)})()
+        place = Place((f"192.0.2.{number}", 1))
+        place.give_up = partial(closed.append, number)
         assert watch.admit(place)
     assert closed == list(range(100 - LIMITS.strangers))
     assert len(watch) == LIMITS.strangers

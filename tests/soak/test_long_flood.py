@@ -32,8 +32,8 @@ def test_ten_thousand_bad_requests_and_two_hundred_slow_ones_keep_no_node_waitin
         statuses[status] += times
     told = (
         f"{LORISES} connections that never finish a header, and {REQUESTS} bad requests over 8 connections, on one "
-        f"machine with a node that meanwhile asked {node.answers} times and was answered each time. The SuperLink grew by "
-        f"{growth / 2**20:.0f} MB."
+        f"machine with a node that meanwhile asked {node.answers} times and was answered each time. The SuperLink grew "
+        f"by {growth / 2**20:.0f} MB."
     )
     rows = [f"| {status or 'connection ended'} | {times} |" for status, times in sorted(statuses.items(), key=str)]
     publish("flood", [told, "", "| answer | times |", "|---|---|", *rows])
