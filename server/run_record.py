@@ -1,6 +1,7 @@
-"""What a coordinator's folder says of each of its runs: how far it came, how it ended. For people; nobody's evidence.
+"""What a coordinator's folder says of each of its runs: how far it came, how it ended. It proves nothing.
 
-``jobs/<job>/run.json``, written by the process that runs the job. Ledgers and releases are what can be proved.
+``jobs/<job>/run.json``, written by the process that runs the job: for people, and for ``fedgrade serve``, which takes
+up a run that left it open. Ledgers and releases are what can be proved.
 """
 
 import logging

@@ -15,7 +15,7 @@ from server.run_record import RunRecord, read_record
 
 State = Literal["released", "on", "stopped", "failed", "interrupted", "not begun", "unknown"]
 DIGITS: Final = 16  # of a digest, as the folders of jobs are named
-_KILLED: Final = "its process was ended; go on with `fedgrade resume`"
+_KILLED: Final = "its process was ended; `fedgrade serve` goes on with it, or `fedgrade resume`"
 
 
 @dataclass(frozen=True, kw_only=True)

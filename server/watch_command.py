@@ -1,5 +1,6 @@
 """``fedgrade runs`` and ``watch``: what a coordinator's folder has run, and the run that is on; asks no SuperLink."""
 
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedgrade.cli.budget import plain_console, shown_name
 from fedgrade.errors import FedgradeError
 from fedgrade.federation.rounds import stages_of
 from fedgrade.privacy.accounting import printed
+from server.attached import is_served
 from server.coordinator_folder import CoordinatorFolder
 from server.enrolment import read_book
 from server.nodes_file import version
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 _REFRESH_SECONDS: Final = 1.0
 _LINE_EVERY_SECONDS: Final = 5.0
+_TAKEN_UP_SECONDS: Final = 60.0  # after which a run whose process is gone is no longer waited for
 _MOST_WHY: Final = 200  # characters
 
 
@@ -92,6 +95,7 @@ class _Watched:
         self._job: TrainingJob | None = current_job(folder)
         self._seen: object = None
         self._progress: tuple[Progress, ...] = ()
+        self._gone_since = math.inf
 
     def look(self) -> RunView | None:
         """The run as it stands; None where the folder has none."""
@@ -117,6 +121,14 @@ class _Watched:
         awaited = read_awaited(self._folder.progress.parent)
         return awaited if not self._progress or awaited.asked > self._progress[-1].finished else Awaited()
 
+    def over(self, view: RunView) -> bool:
+        """Whether the run of ``view`` is over: one whose process is gone may be taken up again by who serves it."""
+        if view.run.state != "interrupted" or not is_served(self._folder.root):
+            self._gone_since = math.inf
+            return view.run.state != "on"
+        self._gone_since = min(self._gone_since, time.monotonic())
+        return time.monotonic() - self._gone_since > _TAKEN_UP_SECONDS
+
     def again(self) -> RunView:
         """The run as it stands, of a folder that has one."""
         view = self.look()
@@ -128,7 +140,7 @@ def _live(watched: _Watched, view: RunView, console: Console) -> RunView:
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             live.update(_page(view, console), refresh=True)
-            if view.run.state != "on":
+            if watched.over(view):
                 return view
             time.sleep(_REFRESH_SECONDS)
             view = watched.again()
@@ -147,7 +159,7 @@ def _lines(watched: _Watched, view: RunView) -> RunView:
             if progress.stage > shown and (due or progress.absent != absent or progress.stage == progress.stages):
                 click.echo(stage_line(view, progress))
                 absent, last, shown = progress.absent, time.monotonic(), progress.stage
-        if view.run.state != "on":
+        if watched.over(view):
             click.echo(end_line(view.run))
             return view
         time.sleep(_REFRESH_SECONDS)

@@ -17,7 +17,7 @@ from fedgrade.federation.rounds import Stage
 from fedgrade.job import plan_job
 from fedgrade.trust.enrolment import utc_text
 from server import progress_file
-from server.attached import NotServing
+from server.attached import NotServing, only_server
 from server.coordinate import run_folder
 from server.coordinator_file import CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder
@@ -25,7 +25,7 @@ from server.enrolment import create_coordinator
 from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, Refused, read_awaited, read_refusals
 from server.run_record import note_stopped, read_record
 from server.runs import KnownRun, known_runs
-from server.watch_command import RunEnded
+from server.watch_command import RunEnded, _Watched
 from server.watch_page import RunView, page, seconds_left
 from tests.federation.small_federation import DECLARED, NAMES, POLICY, SmallFederation, quick_noise, with_privacy
 
@@ -246,6 +246,18 @@ def test_resume_goes_where_the_partners_are(federation, tmp_path):
     assert isinstance(elsewhere.exception, NotServing)
     here = typed("resume", tmp_path / "coordinator", "--engine", "in-process")
     assert "on machines of their own; give --engine served" in str(here.exception)
+
+
+def test_a_run_whose_process_is_gone_is_waited_for_where_somebody_serves_it(folder, monkeypatch):
+    watched, view = _Watched(folder), big()
+    gone = replace(view, run=replace(view.run, state="interrupted"))
+    assert not watched.over(view)
+    assert watched.over(gone)
+    with only_server(folder.root):
+        assert not watched.over(gone)
+        assert watched.over(replace(view, run=replace(view.run, state="failed")))
+        monkeypatch.setattr("server.watch_command._TAKEN_UP_SECONDS", -1.0)
+        assert watched.over(gone)
 
 
 def test_a_folder_without_a_job_says_so(federation):
