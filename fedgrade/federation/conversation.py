@@ -92,7 +92,7 @@ class Conversation:
     def _admitted(self, sites: Collection[SiteId]) -> set[SiteId]:
         """Those of ``sites`` that take part."""
         admitted = set[SiteId]()
-        for _ in range(1 + RESENDS):
+        for resend in range(1 + RESENDS):
             silent = {
                 site: AdmitRequest(
                     job_envelope=self._envelope, seen=self._exchange.witness.seen(site), ledger=self._ledger
@@ -102,11 +102,16 @@ class Conversation:
             }
             if not silent:
                 break
-            for site, reply in self._exchange.ask(silent).items():
+            began = time.monotonic()
+            replies = self._exchange.ask(silent)
+            for site, reply in replies.items():
                 body = reply.document.body
                 if isinstance(body, Admitted) and self._watched(site, body) and self._keyed(site, body):
                     admitted.add(site)
                     (self._evaluating.add if body.evaluates else self._evaluating.discard)(site)
+            if resend < RESENDS:
+                company, patience = len(self._exchange.active), self._exchange.deadline_seconds
+                self._exchange.wait_for_return(silent, replies, company=company, began=began, patience=patience)
         return admitted
 
     def _watched(self, site: SiteId, body: Admitted) -> bool:
@@ -144,7 +149,7 @@ class Conversation:
         minimum = self._exchange.job.spec.aggregation.minimum_sites
         awake = self._resting.awake(self._exchange.active, at_least=minimum)
         attempts = dict.fromkeys(awake, 0)
-        for _ in range(1 + RESENDS):
+        for resend in range(1 + RESENDS):
             asked = {
                 site: ContributeRequest(purpose=purpose, round_index=round_index, attempt=attempts[site])
                 for site in awake
@@ -152,8 +157,9 @@ class Conversation:
             }
             if not asked:
                 break
-            patience = self._exchange.deadline_seconds / (1 + RESENDS)
-            for site, reply in self._exchange.ask(asked, tensors=tensors, deadline_seconds=patience).items():
+            patience, began = self._exchange.deadline_seconds / (1 + RESENDS), time.monotonic()
+            replies = self._exchange.ask(asked, tensors=tensors, deadline_seconds=patience)
+            for site, reply in replies.items():
                 body = reply.document.body
                 if isinstance(body, Refusal) and body.code == "spent":
                     attempts[site] += 1
@@ -162,6 +168,8 @@ class Conversation:
                 if one := self._exchange.received(site, reply, attempt=attempts[site], read=read):
                     received[site] = one
                     self._resting.back(site)
+            if resend < RESENDS:
+                self._exchange.wait_for_return(asked, replies, company=len(awake), began=began, patience=patience)
         for site in awake:
             # Whoever says that it cannot just now costs no time, and is asked again in every stage.
             if site in self._exchange.active and site not in received and site not in self._exchange.unable:

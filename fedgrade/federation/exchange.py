@@ -4,6 +4,7 @@ A reply that does not verify counts as silence and is logged.
 """
 
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,6 +36,8 @@ from fedgrade.trust.records import Commit, LedgerState
 logger = logging.getLogger(__name__)
 
 RESENDS = 2
+# For a site that died to be started again, and to be let in.
+_RETURN_SECONDS = 20.0
 # Refusals after which the same site may answer the next question.
 PASSING: frozenset[RefusalCode] = frozenset({"spent", "attempt"})
 _NOT_NOW: frozenset[RefusalCode] = frozenset({"ledger", "waiting"})
@@ -214,6 +217,19 @@ class Exchange:
         self._refusing.add(site)
         if body.code not in PASSING:
             self._hear(site, _words(body))
+
+    def wait_for_return(
+        self, asked: Collection[SiteId], replies: Collection[SiteId], *, company: int, began: float, patience: float
+    ) -> None:
+        """Before the silent of ``asked`` are asked again: wait, if without them the rest of the ``company`` is too few.
+
+        Who is offline is known at once, and a question to it costs no time; three in a row would end the job while a
+        site that was killed is being started again. Never beyond ``patience`` seconds after ``began`` (monotonic).
+        """
+        silent = [site for site in asked if site in self.active and site not in replies and site not in self.unable]
+        if silent and company - len(silent) < self.job.spec.aggregation.minimum_sites <= company:
+            end = min(began + patience, time.monotonic() + _RETURN_SECONDS)
+            time.sleep(max(0.0, end - time.monotonic()))
 
     def _request(self, site: SiteId, body: Asked, tensors: bytes) -> bytes:
         request = Request(site=site, job=self.job.digest, body=body, tensors_digest=digest(tensors))

@@ -6,6 +6,7 @@ which others paid for is left alone the longer, whether it lies or is only unluc
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -301,7 +302,7 @@ class SumConversation:
         phases = 4 if terms.task.tolerated_dropouts else 2
         patience = self._exchange.deadline_seconds / (phases * (1 + RESENDS))
         answers = _Answers()
-        for _ in range(1 + RESENDS):
+        for resend in range(1 + RESENDS):
             waiting = {
                 site: body for site, body in bodies.items() if site in self._exchange.active and site not in answers
             }
@@ -309,9 +310,12 @@ class SumConversation:
                 break
             if len(answers.behind) + len(answers.lost) > spare:
                 return answers
+            began = time.monotonic()
             replies = self._exchange.ask(waiting, tensors=tensors, deadline_seconds=patience, passing=_PASSING)
             for site, reply in replies.items():
                 _sort(site, reply, accept, answers)
+            if resend < RESENDS:
+                self._exchange.wait_for_return(waiting, replies, company=len(bodies), began=began, patience=patience)
         answers.lost.update({site: "did not answer" for site in bodies if site not in answers})
         return answers
 

@@ -16,7 +16,7 @@ from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.ledger import Entry, open_receipt
 from tests.federation.meddling import HONEST, LIAR, Meddled, liar_alone, run, trained_without
-from tests.federation.small_federation import DECLARED, LOCAL_SGD, NAMES, POLICY, with_privacy
+from tests.federation.small_federation import DECLARED, LOCAL_SGD, NAMES, POLICY, SPEC, with_privacy
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -69,6 +69,23 @@ def test_too_few_answers_end_the_round_and_say_so(federation, job):
 
     with pytest.raises(RoundFailed, match=r"admission: 1 sites answered, aggregation.minimum_sites is 2; .*silent"):
         run(federation, job, two_silent)
+
+
+def test_a_site_that_the_job_needs_is_waited_for_before_it_is_asked_again(federation, monkeypatch):
+    """Who is offline is known at once: without a pause, three questions in a row would be three silences."""
+    job = federation.job(replace(SPEC, aggregation=replace(SPEC.aggregation, minimum_sites=len(NAMES))))
+    waits, away = [], set(NAMES[:1])
+
+    def come_back(seconds):
+        waits.append(seconds)
+        away.clear()
+
+    monkeypatch.setattr("fedgrade.federation.exchange.time.sleep", come_back)
+    run(federation, job, lambda site, _, reply: None if site in away else reply)
+    assert federation.release(job).release.contributions == dict.fromkeys(NAMES, 4)
+    # One pause, for the part of the deadline that was left.
+    assert len(waits) == 1
+    assert 0 < waits[0] <= 1.0
 
 
 def test_a_site_that_was_silent_is_not_waited_for_in_the_next_stage_and_asked_again_after_it(federation):
