@@ -4,6 +4,7 @@ Installed with the coordinator and named by an empty bundle, so a run executes w
 that came over the network.
 """
 
+import errno
 import logging
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from server.grid_cohort import GridCohort
 logger = logging.getLogger(__name__)
 
 RUN_DIRECTORY: Final = "run-directory"
+_DISK_REFUSES: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 app = ServerApp()
 
@@ -47,6 +49,13 @@ def main(grid: Grid, context: Context) -> None:
     except FedgradeError as error:
         logger.error("run failed: %s", error)  # noqa: TRY400 -- the line says it all; Flower adds its own trace
         raise RunFailed(f"{type(error).__name__}: {error}") from None
+    except OSError as error:
+        if error.errno not in _DISK_REFUSES:
+            raise
+        where = error.filename2 or error.filename or context.run_config.get(RUN_DIRECTORY)
+        text = f"{where}: {error.strerror}; nothing is half-written and the checkpoint stands; make room, then resume"
+        logger.error("run failed: %s", text)  # noqa: TRY400 -- as above
+        raise RunFailed(text) from None
 
 
 def _run_directory(context: Context) -> Path:

@@ -58,7 +58,8 @@ def live(name):
     log = os.open(FOLDER / "logs" / f"site-{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Some library has made handlers of its own by now.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     wires = Wires(FOLDER, name, tuple(NAMES))
     wires.stretch({**SITE_STEPS, **SUM_SITE_STEPS})
     keep_place(wires)

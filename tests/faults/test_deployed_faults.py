@@ -7,7 +7,7 @@ tests/soak/test_faults.py.
 import pytest
 
 from tests.faults.policies import plain
-from tests.faults.served import Served
+from tests.faults.served import Served, eventually
 from tests.faults.steps import RUN, SUPERLINK
 from tests.federation.small_federation import NAMES, SmallFederation, calibrate_once, zeros
 
@@ -15,17 +15,17 @@ pytestmark = pytest.mark.flower
 ALICE, BOB, CAROL = NAMES
 
 
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedgrade.job.calibrate", calibrate_once)
-    with Served(tmp_path) as served:
-        yield served
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedgrade.job.calibrate", calibrate_once)
+        with Served(tmp_path_factory.mktemp("faults")) as served:
+            yield served
 
 
 @pytest.fixture
 def undisturbed(tmp_path, monkeypatch):
     """Digest of the weights where nobody dies, from one process."""
-    monkeypatch.setattr("fedgrade.job.calibrate", calibrate_once)
     monkeypatch.setattr("fedgrade.federation.releases.discrete_gaussian", zeros)
     federation = SmallFederation.create(tmp_path / "undisturbed")
     return federation.run_in_process(federation.job(plain(len(NAMES)))).release.weights_digest
@@ -51,3 +51,20 @@ def test_sites_and_superlink_are_killed_in_one_job_and_the_model_and_the_charges
     assert outcome.twice == {BOB: 1}
     # Nobody had to do anything: nodes are let in again, and the run is taken up where it stood.
     assert said == ()
+
+
+def test_a_site_whose_clock_is_ten_minutes_off_is_not_heard_and_both_sides_say_why(served):
+    def charges():
+        return {site: len(served.federation.charges(site)) for site in NAMES}
+
+    def said(log, words, *, after):
+        eventually(lambda: words in served.log(log)[after:], what=lambda: served.log(log)[after:])
+
+    before, read = charges(), len(served.log(f"site-{CAROL}"))
+    served.set_clock(CAROL, 600)
+    said(f"site-{CAROL}", "set the clock that is wrong", after=read)
+    said("superlink", "s ahead of the SuperLink's clock", after=0)
+    read = len(served.log(f"site-{CAROL}"))
+    served.set_clock(CAROL, 0)
+    said(f"site-{CAROL}", "link online", after=read)
+    assert charges() == before
