@@ -125,9 +125,10 @@ class SignedRequests:
             self._on_known(scope.get("client"), pem)
             asker.bytes_now += length
             try:
-                body = await self._read(receive, length, signed.claim.body_digest)
+                # Not under a name of its own: it would be kept until the answer has been sent.
+                given = _given(await self._read(receive, length, signed.claim.body_digest), receive)
                 scope["state"][NODE_KEY] = pem
-                await self._application(scope, _given(body, receive), send)
+                await self._application(scope, given, send)
             finally:
                 asker.bytes_now -= length
         except _Refused as refused:
