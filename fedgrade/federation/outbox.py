@@ -45,15 +45,24 @@ class Outbox:
             raise LedgerUnavailable(f"outbox {path}: could not be written ({error.strerror})") from error
 
     def delivered(self, request_digest: str) -> None:
-        """The reply has reached whoever carries it to the coordinator. Nothing rests on this but what operators see."""
+        """The reply has reached whoever carries it to the coordinator, who asks for no older one again.
+
+        Nothing rests on this but what operators see.
+        """
+        reply = self._path(request_digest)
+        if not reply.exists():
+            return
         try:
-            self._mark(request_digest).unlink(missing_ok=True)
+            made = reply.stat().st_mtime_ns
+            for mark in self._folder.glob("*.pending"):
+                if mark.stat().st_mtime_ns <= made:
+                    mark.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("outbox %s: %s", self._folder, error.strerror)
 
     @property
     def undelivered(self) -> int:
-        """How many replies are kept that nobody was seen to take; asked for again, they go out."""
+        """How many replies are kept that nobody was seen to take, nor a newer one; asked for again, they go out."""
         return sum(mark.with_suffix(".reply").exists() for mark in self._folder.glob("*.pending"))
 
     def _forget_oldest(self) -> None:

@@ -1,6 +1,7 @@
 """A partner leaves by itself: what it types, what the coordinator does with its notice, and notices that are none."""
 
 import contextlib
+import os
 import tempfile
 import threading
 from dataclasses import replace
@@ -138,6 +139,22 @@ def test_answers_that_were_paid_for_are_delivered_first_unless_told(partner):
     require_not_left(site)
     outbox.delivered("0" * 64)
     assert typed("leave", partner, "--yes").exit_code == 0
+
+
+def test_an_answer_that_was_lost_is_not_awaited_once_a_newer_one_has_left(tmp_path):
+    outbox = Outbox(tmp_path / "outbox")
+    for number, name in enumerate(("a", "b", "c")):
+        outbox.keep(name * 64, b"reply")
+        for suffix in ("pending", "reply"):
+            path = tmp_path / "outbox" / f"{name * 64}.{suffix}"
+            os.utime(path, ns=(number * 10**9,) * 2)
+    outbox.delivered("0" * 64)  # an admission, say: nothing was charged for it
+    assert outbox.undelivered == 3
+    # A coordinator that goes on does not come back for what was before.
+    outbox.delivered("b" * 64)
+    assert outbox.undelivered == 1
+    outbox.delivered("c" * 64)
+    assert outbox.undelivered == 0
 
 
 def test_told_so_it_leaves_all_the_same(partner):
