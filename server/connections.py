@@ -28,6 +28,8 @@ class Limits:
         strangers_by_address: the same, from one address (IPv6: one /64).
         connections_by_key: of one enrolled key.
         connections: in all.
+        new_at_once: connections that one address may begin together; each costs a handshake.
+        new_a_second: how many of those it may begin again each second.
     """
 
     handshake_seconds: float = 5.0
@@ -37,6 +39,8 @@ class Limits:
     strangers_by_address: int = 128
     connections_by_key: int = 32
     connections: int = 8192
+    new_at_once: int = 512
+    new_a_second: float = 100.0
 
 
 class Place:
@@ -74,6 +78,7 @@ class Watch:
         self._known: dict[Peer, Place] = {}
         self._by_origin: dict[object, dict[Peer, Place]] = {}
         self._by_key: dict[object, dict[Peer, Place]] = {}
+        self._begun: dict[object, tuple[float, float]] = {}
 
     def __len__(self) -> int:
         return len(self._strangers) + len(self._known)
@@ -91,8 +96,12 @@ class Watch:
         self._known[place.peer] = place
         self._by_key.setdefault(key, {})[place.peer] = place
 
-    def admit(self, place: Place) -> bool:
+    def admit(self, place: Place, now: float) -> bool:
         """Whether ``place`` may go on; somebody else's may end for it."""
+        begun = self._still_begun(place.origin, now)
+        if begun + 1 > self.limits.new_at_once:
+            return False
+        self._begun[place.origin] = (begun + 1, now)
         of_origin = self._by_origin.get(place.origin, {})
         if len(of_origin) >= self.limits.strangers_by_address:
             self._evict(next(iter(of_origin.values())))
@@ -115,6 +124,7 @@ class Watch:
 
     def look(self, now: float) -> None:
         """End whoever has kept us waiting for too long."""
+        self._begun = {of: found for of, found in self._begun.items() if self._still_begun(of, now) > 0}
         for place in [*self._strangers.values(), *self._known.values()]:
             if place.busy:
                 place.waiting_since = None
@@ -122,6 +132,11 @@ class Watch:
                 place.waiting_since = now
             elif now - place.waiting_since > self.limits.header_seconds:
                 place.close()
+
+    def _still_begun(self, of: object, now: float) -> float:
+        """How many connections count as begun together by one address."""
+        begun, at = self._begun.get(of, (0.0, now))
+        return max(0.0, begun - (now - at) * self.limits.new_a_second)
 
     def _evict(self, place: Place) -> None:
         self.leave(place)

@@ -85,7 +85,7 @@ class GuardedServer(uvicorn.Server):
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
             place = Place(peer[:2])
-            if not self._watch.admit(place):
+            if not self._watch.admit(place, loop.time()):
                 connection.close()
                 continue
             place.give_up = self._start(self._hand_over(place, connection)).cancel

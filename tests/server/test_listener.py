@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import ssl
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -258,9 +260,26 @@ def test_there_is_a_bound_for_all_addresses_together():
     for number in range(100):
         place = Place((f"192.0.2.{number}", 1))
         place.give_up = partial(closed.append, number)
-        assert watch.admit(place)
+        assert watch.admit(place, 0.0)
     assert closed == list(range(100 - LIMITS.strangers))
     assert len(watch) == LIMITS.strangers
+
+
+def test_one_address_begins_so_many_connections_a_second_and_others_are_not_kept_by_it():
+    watch, ports = Watch(replace(LIMITS, new_at_once=5, new_a_second=2.0)), itertools.count()
+
+    def begin(now, host="192.0.2.1"):
+        place = Place((host, next(ports)))
+        admitted = watch.admit(place, now)
+        watch.leave(place)
+        return admitted
+
+    assert [begin(0.0) for _ in range(7)] == [True] * 5 + [False] * 2
+    assert begin(0.0, "192.0.2.2")
+    assert [begin(1.0) for _ in range(3)] == [True, True, False]
+    watch.look(10.0)
+    assert not watch._begun
+    assert begin(10.0)
 
 
 def test_an_address_that_is_taken_ends_the_process(listening, files):
