@@ -282,3 +282,18 @@ def test_the_coordinator_ends_cleanly_and_finds_its_partners_again(federation):
     assert "start one with" in typed(*federation.run(), code=1)
     federation.serve()
     eventually(lambda: federation.online() == {STAYS}, what="nodes online again")
+
+
+def test_a_partner_leaves_with_all_that_it_was_paid_for_delivered(federation):
+    ledger = federation.folder(STAYS) / "ledger.jsonl"
+    before, node = ledger.read_bytes(), federation.processes[STAYS]
+    # Of some forty answers; the last may have arrived although Flower told the node that it had not.
+    assert len(list((federation.folder(STAYS) / "outbox").glob("*.pending"))) <= 1
+    notice = federation.folder(STAYS) / "leave-notice.json"
+    assert f"Send {notice}" in typed("site", "leave", federation.site_file(STAYS), "--yes", "--undelivered")
+    assert node.wait(PATIENCE) == 0
+    assert ledger.read_bytes() == before
+    assert "left its coordinator" in typed("site", "up", federation.site_file(STAYS), code=1)
+    said = typed("revoke", federation.coordinator, "--notice", notice)
+    assert f"{STAYS} is revoked; the SuperLink refuses it from now on" in said
+    assert "left by itself; its signed notice" in typed("roster", federation.coordinator)
