@@ -76,6 +76,8 @@ def promote_node_key(path: Path) -> None:
     if public.exists():
         public.replace(path.with_name(path.name + ".pub"))
     waiting.replace(path)
+    # What the node noted of its first session with it.
+    waiting.with_name(waiting.name + ".session").unlink(missing_ok=True)
 
 
 def _write_public(path: Path, key: ec.EllipticCurvePrivateKey) -> Path:

@@ -1,7 +1,9 @@
 """The public port of a real SuperLink under a flood, while an enrolled node goes on as if nothing were."""
 
 import asyncio
+import re
 import ssl
+import time
 
 import pytest
 
@@ -70,6 +72,25 @@ def test_a_key_speaks_for_its_own_node_alone(fleets):
             ask()
     beta._node = theirs
     assert beta.receive() is None
+
+
+@pytest.mark.parametrize(
+    ("which", "off", "said"),
+    [
+        (0, -900, r"signed 9\d\d s behind the SuperLink's clock"),
+        (1, 400, r"signed [34]\d\d s ahead of the SuperLink's clock"),
+    ],
+)
+def test_a_node_whose_clock_is_off_is_told_by_how_much(deployment, fleets, which, off, said):
+    fleet = fleets[which]
+    signer = fleet._client._interceptors[-1]
+    clock, signer._clock = signer._clock, lambda: (time.time_ns() + off * 10**9) // 1000
+    with pytest.raises(LinkRefused, match=f"{said}, which says .*: set the clock that is wrong"):
+        fleet.receive()
+    signer._clock = clock
+    assert fleet.receive() is None
+    # And so is the coordinator's operator.
+    assert re.search(said, (deployment.run_directory / "logs" / "superlink.log").read_text())
 
 
 def test_more_connections_than_one_address_may_hold_are_ended(deployment):
