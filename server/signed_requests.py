@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import json
 import logging
+import re
 import secrets
 import time
 from base64 import b64decode
@@ -37,6 +38,8 @@ _PASSED_OVER_BYTES: Final = 16 * 1024
 _MAX_DIGITS: Final = 12  # Python refuses to read numbers of thousands
 _SLOT_SECONDS: Final = 30
 _TELL_AGAIN_SECONDS: Final = 60.0
+_NUMBER: Final = re.compile(r"[0-9]+")
+_KIND_CHARACTERS: Final = 24
 _MICROSECONDS: Final = 10**6
 
 
@@ -110,7 +113,7 @@ class SignedRequests:
         self._allowance = allowance
         self._on_known = on_known
         self._askers: dict[bytes, _Asker] = {}
-        self._told: dict[tuple[str, int], float] = {}
+        self._told: dict[tuple[str, str], float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
@@ -210,9 +213,10 @@ class SignedRequests:
 
     def _tell(self, refused: _Refused) -> None:
         """One line a minute, key and kind. Strangers are only counted: their lines could fill the disk."""
-        now = self._clock()
-        if refused.known and abs(now - self._told.get((refused.known, refused.status), 0.0)) > _TELL_AGAIN_SECONDS:
-            self._told[refused.known, refused.status] = now
+        # Without its numbers a reason is one of a handful.
+        now, kind = self._clock(), (refused.known, _NUMBER.sub("", refused.reason)[:_KIND_CHARACTERS])
+        if refused.known and abs(now - self._told.get(kind, 0.0)) > _TELL_AGAIN_SECONDS:
+            self._told[kind] = now
             logger.warning("node key %s: request refused: %s", refused.known, refused.reason)
 
 
