@@ -20,7 +20,7 @@ from server import progress_file
 from server.attached import NotServing, only_server
 from server.coordinate import run_folder
 from server.coordinator_file import CoordinatorSettings
-from server.coordinator_folder import CoordinatorFolder
+from server.coordinator_folder import CoordinatorFolder, Patience
 from server.enrolment import create_coordinator
 from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, Refused, read_awaited, read_refusals
 from server.run_record import note_stopped, read_record
@@ -51,7 +51,7 @@ def federation(tmp_path):
 @pytest.fixture
 def folder(federation):
     folder = CoordinatorFolder(root=federation.root)
-    folder.put_job(planned())
+    folder.put_job(planned(), Patience(deadline_seconds=0.5))
     return folder
 
 
