@@ -313,11 +313,16 @@ def evaluation_file(folder: Path, site: SiteId) -> Path:
 def write_durably(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path`` so that a power cut leaves either the old file or the new one, whole."""
     temporary = path.with_name(path.name + _PART)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        # A full disk: what there was no room for takes none.
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

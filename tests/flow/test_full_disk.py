@@ -5,6 +5,7 @@ import pytest
 
 from fedgrade.federation.messages import Admitted, Contribution, Refusal
 from fedgrade.federation.site_proof import prove_site
+from fedgrade.federation.store import write_durably
 from tests.federation.small_federation import NAMES, ask
 
 ADMITTED = ["genesis", "dataset", "plan", "checkpoint"]  # what a ledger says once a job was admitted
@@ -70,3 +71,12 @@ def test_a_disk_that_fills_between_reservation_and_reply_keeps_the_charge_and_se
     assert isinstance(again, Contribution)
     assert len(federation.charges(SITE)) == 2
     assert list((federation.folder(SITE) / "outbox").glob("*.part")) == []
+
+
+def test_a_document_for_which_there_is_no_room_leaves_the_old_one_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "document.json"
+    write_durably(path, b"old")
+    with full_disk(path, room=100), pytest.raises(OSError, match="File too large"):
+        write_durably(path, b"new" * 1000)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
