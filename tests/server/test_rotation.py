@@ -28,12 +28,12 @@ from server.authority_command import rotate_authority
 from server.certificates import certify, read_authorities
 from server.coordinator_file import CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder
+from server.deployment import _free_ports
 from server.enrolment import create_coordinator, enrol, revoke
 from server.nodes_file import read_nodes
 from server.serving import serve_folder
 from tests.clients.test_joining import GRADES, photo
 from tests.server.flood import post
-from tests.server.test_strangers import free_ports
 
 pytestmark = pytest.mark.flower
 
@@ -50,7 +50,7 @@ class House:
     def __init__(self, root):
         self.root, self.coordinator = root, root / "federation"
         self.site_file, self.states = root / "north" / "site.yaml", []
-        self.port, admin = free_ports(2)
+        self.port, admin = _free_ports(2)
         self.stop, self.rosters = threading.Event(), []
         self._changed = threading.Condition()
         create_coordinator(
