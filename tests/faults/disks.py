@@ -36,7 +36,7 @@ def small_disk(folder, *, mebibytes):
     """``folder`` on a disk of its own until the block ends; what it holds then stays."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a disk to fill")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+    with tempfile.TemporaryDirectory() as aside:
         shutil.copytree(folder, aside, dirs_exist_ok=True, symlinks=True)
         options = f"size={mebibytes}m,mode=700"
         mounted = subprocess.run(
