@@ -118,6 +118,8 @@ def deployment(folder, in_process):
         yield federation, deployment
 
 
+# Ray alone takes half a minute here; that the simulation carries the same bytes, test_simulate.py says every time.
+@pytest.mark.slow
 def test_a_secure_sum_in_flower_s_simulation_engine_ends_with_the_same_weights_to_the_last_bit(folder, in_process):
     _, reference = in_process
     _, simulated = run_by_program("simulated", folder, MASKED)
