@@ -1,10 +1,12 @@
 """The coordinator's book of who was enrolled and revoked, and everything that follows from it.
 
 The book is the truth. The roster, the partners' bundle, the entries in the coordinator's ledger and the SuperLink's
-list of nodes follow from it, and are brought up to date by whoever comes next after a crash.
+list of nodes follow from it, and are brought up to date by whoever comes next after a crash. It is signed by the
+coordinator, whose key is never where others keep the book for it (a database), so that nobody there can enrol a site.
 """
 
 import fcntl
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +16,9 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from fedgrade.errors import DocumentRefused, LedgerUnavailable
+from fedgrade.errors import DocumentRefused, LedgerUnavailable, SignatureRefused
 from fedgrade.federation.store import Documents, write_durably
-from fedgrade.trust.canonical import decode, encode
+from fedgrade.trust.canonical import encode
 from fedgrade.trust.enrolment import (
     EnrolmentRefused,
     JoinBundle,
@@ -27,6 +29,7 @@ from fedgrade.trust.enrolment import (
     utc_text,
     write_bundle,
 )
+from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import PublicKey, Roster, SigningKey, SiteId
 from fedgrade.trust.ledger import Entry, LedgerWriter
 from fedgrade.trust.records import COORDINATOR, UTC_TIME, Enrolled, Revoked
@@ -54,7 +57,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Book:
-    """``coordinator/enrolment.json``: all that ever happened, and the number of the newest bundle."""
+    """What ``coordinator/enrolment.json`` seals: all that ever happened, and the number of the newest bundle."""
 
     schema: Literal["fedgrade/enrolment/1"] = "fedgrade/enrolment/1"
     sequence: int = 0
@@ -92,7 +95,7 @@ def create_coordinator(root: Path, settings: CoordinatorSettings, *, now: dateti
     key = SigningKey.generate()
     key.save(folder.key)
     certify(root / "superlink", [settings.host], now=now)
-    write_durably(folder.book, encode(Book()))
+    write_durably(folder.book, seal(Book(), key))
     write_durably(folder.roster, encode(Roster(coordinator=key.public, sites={})))
     # Last: a folder with settings is whole.
     write_durably(root / NAME, settings_yaml(settings).encode())
@@ -100,12 +103,16 @@ def create_coordinator(root: Path, settings: CoordinatorSettings, *, now: dateti
 
 
 def read_book(folder: CoordinatorFolder) -> Book:
-    """The book of ``folder``.
+    """The book of ``folder``, as the coordinator signed it.
 
     Raises:
-        DocumentRefused: there is none, or it is malformed.
-        EnrolmentRefused: its events do not follow from each other.
+        DocumentRefused: there is none, or it is older than the newest bundle.
+        SignatureRefused: it is not what this coordinator signed.
     """
+    # First: a bundle is written after the book that it follows from.
+    issued = 0
+    if folder.bundle.exists():
+        issued = read_bundle(folder.bundle.read_bytes(), what=f"bundle {folder.bundle}").sequence
     try:
         raw = folder.book.read_bytes()
     except OSError as error:
@@ -113,7 +120,20 @@ def read_book(folder: CoordinatorFolder) -> Book:
             f"{folder.book}: cannot be read ({error.strerror}); only a folder made by `fedgrade coordinator init` "
             "enrols partners"
         ) from error
-    return decode(Book, raw, what=f"book {folder.book}", limit=MAX_BOOK_BYTES)
+    key = _public_key(folder)
+    try:
+        book = open_sealed(raw, as_=Book, signed_by=key, what="book", limit=MAX_BOOK_BYTES)
+    except (DocumentRefused, SignatureRefused) as error:
+        raise SignatureRefused(
+            f"{folder.book}: was not signed by this coordinator ({key.fingerprint}), and nobody is enrolled by it; "
+            f"restore the newest copy that was ({error})"
+        ) from error
+    if book.sequence < issued:
+        raise DocumentRefused(
+            f"{folder.book}: is of bundle {book.sequence}, and {folder.bundle} is number {issued}: the book was put "
+            "back to an older one, which may enrol who was revoked since; restore its newest copy"
+        )
+    return book
 
 
 def enrol(
@@ -227,13 +247,20 @@ class LedgerEntries:
             self._standing.append(body)
 
 
+def _public_key(folder: CoordinatorFolder) -> PublicKey:
+    """The coordinator's; who may not read its private half goes by the roster, which no database has a hand in."""
+    return SigningKey.load(folder.key).public if os.access(folder.key, os.R_OK) else folder.read_roster().coordinator
+
+
 def _append(folder: CoordinatorFolder, kept: Documents, book: Book, *, now: datetime) -> None:
-    kept.write({BOOK: encode(book)})
+    kept.write({BOOK: seal(book, SigningKey.load(folder.key))})
     _publish(folder, kept, book, now=now)
 
 
 def _publish(folder: CoordinatorFolder, kept: Documents, book: Book, *, now: datetime) -> None:
     key, settings = SigningKey.load(folder.key), read_settings(folder.root)
+    # First: the ledger knows whether this book is an old one.
+    _record(folder, key, now=now)
     roster = Roster(coordinator=key.public, sites=book.membership.keys)
     if not folder.roster.exists() or folder.read_roster() != roster:
         write_durably(folder.roster, encode(roster))
@@ -243,9 +270,8 @@ def _publish(folder: CoordinatorFolder, kept: Documents, book: Book, *, now: dat
     )
     if not _issued(folder, bundle):
         # The number first: one that was given out is never given out again.
-        kept.write({BOOK: encode(replace(book, sequence=bundle.sequence))})
+        kept.write({BOOK: seal(replace(book, sequence=bundle.sequence), key)})
         write_durably(folder.bundle, write_bundle(bundle, key))
-    _record(folder, key, now=now)
 
 
 def _issued(folder: CoordinatorFolder, bundle: JoinBundle) -> bool:

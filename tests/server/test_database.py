@@ -11,11 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedgrade.errors import DocumentRefused, LedgerBroken
+from fedgrade.errors import DocumentRefused, FedgradeError, LedgerBroken
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.store import Below, Folder
 from fedgrade.federation.verification import verify_federation
 from fedgrade.job import TrainingJob
+from fedgrade.trust.canonical import encode
+from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import SigningKey
 from server import database as database_module
 from server.certificates import certify
@@ -23,7 +25,7 @@ from server.coordinate import run_folder
 from server.coordinator_file import CoordinatorSettings, read_settings, settings_yaml
 from server.coordinator_folder import BOOK, CoordinatorFolder
 from server.database import Database, DatabaseUnavailable
-from server.enrolment import create_coordinator, enrol, read_book, revoke
+from server.enrolment import bring_up_to_date, create_coordinator, enrol, read_book, revoke
 from server.mirror import EVERYTHING
 from tests.federation.small_federation import (
     NAMES,
@@ -399,6 +401,29 @@ def test_the_database_knows_of_a_revocation_that_a_copied_folder_missed(tmp_path
     older.book.unlink()
     with older.kept():
         assert older.book.read_bytes() == folder.book.read_bytes()
+
+
+def test_whoever_may_write_to_the_database_enrols_nobody(tmp_path, cluster):
+    """With what a database's owner has: every document, none of the coordinator's keys."""
+    folder = CoordinatorFolder(root=tmp_path / "federation")
+    create_coordinator(folder.root, replace(SETTINGS, database=cluster.address()), now=NOW)
+    with folder.kept() as kept:
+        before = kept.read(BOOK)
+    enrol(folder, join_request(), approve=lambda _: None, now=NOW)
+    revoke(folder, "north", reason="its key was stolen", now=NOW)
+    bundle, ledger = folder.bundle.read_bytes(), folder.ledger.read_bytes()
+    emptied = replace(read_book(folder), events=())
+    for content, why in (
+        (encode(emptied), "was not signed by this coordinator"),
+        (seal(emptied, SigningKey.generate()), "was not signed by this coordinator"),
+        (before, "was put back to an older one"),
+    ):
+        with opened(cluster.address(), schema=schema(folder), machine=database_module._machine(folder.root)) as owner:
+            owner.write({BOOK: content})
+        with pytest.raises(FedgradeError, match=why):
+            bring_up_to_date(folder, now=NOW)
+    assert (folder.bundle.read_bytes(), folder.ledger.read_bytes()) == (bundle, ledger)
+    assert folder.read_roster().sites == {}
 
 
 # What goes wrong when it is opened: one line each, and no password in it.

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedgrade.errors import DocumentRefused, FedgradeError, SignatureRefused
 from fedgrade.trust.canonical import encode
 from fedgrade.trust.enrolment import EnrolmentRefused, JoinRequest, read_bundle, utc_text, write_request
+from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import SigningKey, read_roster
 from fedgrade.trust.ledger import LedgerWriter, read_ledger
 from fedgrade.trust.records import COORDINATOR, Enrolled, Genesis, Revoked
@@ -19,6 +20,7 @@ from server.coordinator_file import CoordinatorSettings, read_settings
 from server.coordinator_folder import CoordinatorFolder
 from server.enrolment import (
     Book,
+    Event,
     bring_up_to_date,
     create_coordinator,
     enrol,
@@ -247,9 +249,53 @@ def test_what_a_crash_left_undone_is_done_by_the_next_command(folder):
 
 def test_an_older_book_than_the_ledger_is_refused(folder):
     enrolled(folder)
-    folder.book.write_bytes(encode(Book(sequence=9)))
+    folder.book.write_bytes(seal(Book(sequence=9), SigningKey.load(folder.key)))
     with pytest.raises(DocumentRefused, match="restore its newest copy"):
         enrolled(folder, request("south", SOUTH, number=6))
+
+
+def with_stranger(book):
+    body = Enrolled(site="stranger", key=SOUTH.public, node_key=node_key(8), declared_items=500)
+    return replace(book, events=(*book.events, Event(time=utc_text(NOW), requested=utc_text(NOW), body=body)))
+
+
+@pytest.mark.parametrize("spelt", [encode, lambda book: seal(book, SOUTH)], ids=["unsigned", "by another key"])
+def test_a_book_that_the_coordinator_did_not_sign_enrols_nobody(folder, spelt):
+    enrolled(folder)
+    folder.book.write_bytes(spelt(with_stranger(read_book(folder))))
+    before = everything(folder)
+    for reads in (node_keys, read_book, lambda own: bring_up_to_date(own, now=NOW)):
+        with pytest.raises(
+            SignatureRefused, match=r"was not signed by this coordinator .* restore the newest copy"
+        ) as told:
+            reads(folder)
+        assert "\n" not in str(told.value)
+    assert everything(folder) == before
+
+
+def test_who_may_not_read_the_private_key_checks_the_book_by_the_roster(folder):
+    enrolled(folder)
+    book, key = read_book(folder), SigningKey.load(folder.key)
+    folder.key.unlink()
+    assert read_book(folder) == book
+    folder.book.write_bytes(seal(with_stranger(book), SOUTH))
+    with pytest.raises(SignatureRefused, match=key.public.fingerprint):
+        read_book(folder)
+
+
+def test_a_signed_book_of_before_a_revocation_brings_nobody_back(folder):
+    enrolled(folder)
+    older = folder.book.read_bytes()
+    revoke(folder, "north", reason="key was stolen", now=NOW)
+    folder.book.write_bytes(older)
+    with pytest.raises(DocumentRefused, match=r"put back to an older one.*restore its newest copy"):
+        node_keys(folder)
+    # Another machine has no bundle yet, and the ledger, which it must have.
+    folder.bundle.unlink()
+    before = everything(folder)
+    with pytest.raises(DocumentRefused, match="does not begin with what the coordinator's ledger says"):
+        bring_up_to_date(folder, now=NOW)
+    assert everything(folder) == before
 
 
 def test_a_revocation_is_seen_at_once_by_whoever_holds_the_nodes(folder):
