@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _IPV6_SITE_BITS: Final = 64  # one customer of a provider holds all addresses below such a prefix
 
+PLACE: Final = "fedgrade_place"  # in a request's state: the connection that it came over
+
 Peer = tuple[str, int]  # host and port
 
 
@@ -74,27 +76,28 @@ class Watch:
 
     def __init__(self, limits: Limits = Limits()) -> None:
         self.limits = limits
-        self._strangers: dict[Peer, Place] = {}
-        self._known: dict[Peer, Place] = {}
-        self._by_origin: dict[object, dict[Peer, Place]] = {}
-        self._by_key: dict[object, dict[Peer, Place]] = {}
+        # Not by peer: two connections share one where they go to two of our addresses. The values mean nothing.
+        self._strangers: dict[Place, None] = {}
+        self._known: dict[Place, None] = {}
+        self._by_origin: dict[object, dict[Place, None]] = {}
+        self._by_key: dict[object, dict[Place, None]] = {}
         self._begun: dict[object, tuple[float, float]] = {}
 
     def __len__(self) -> int:
         return len(self._strangers) + len(self._known)
 
-    def know(self, peer: Any, key: bytes) -> None:
-        """Take note that the connection from ``peer``, host and port, showed the enrolled ``key``."""
-        place = self._strangers.pop(tuple(peer), None) if peer else None
-        if place is None:
+    def know(self, place: Place, key: bytes) -> None:
+        """Take note that ``place`` showed the enrolled ``key``."""
+        if place not in self._strangers:
             return
+        del self._strangers[place]
         _take(self._by_origin, place.origin, place)
         of_key = self._by_key.get(key, {})
         if len(of_key) >= self.limits.connections_by_key:
-            self._evict(next(iter(of_key.values())))
+            self._evict(next(iter(of_key)))
         place.key = key
-        self._known[place.peer] = place
-        self._by_key.setdefault(key, {})[place.peer] = place
+        self._known[place] = None
+        self._by_key.setdefault(key, {})[place] = None
 
     def admit(self, place: Place, now: float) -> bool:
         """Whether ``place`` may go on; somebody else's may end for it."""
@@ -104,28 +107,28 @@ class Watch:
         self._begun[place.origin] = (begun + 1, now)
         of_origin = self._by_origin.get(place.origin, {})
         if len(of_origin) >= self.limits.strangers_by_address:
-            self._evict(next(iter(of_origin.values())))
+            self._evict(next(iter(of_origin)))
         elif len(self._strangers) >= self.limits.strangers:
-            self._evict(next(iter(self._strangers.values())))
+            self._evict(next(iter(self._strangers)))
         if len(self) >= self.limits.connections:
             return False
-        self._strangers[place.peer] = place
-        self._by_origin.setdefault(place.origin, {})[place.peer] = place
+        self._strangers[place] = None
+        self._by_origin.setdefault(place.origin, {})[place] = None
         return True
 
     def leave(self, place: Place) -> None:
         """``place`` has ended, or is about to."""
-        if self._strangers.get(place.peer) is place:
-            del self._strangers[place.peer]
+        if place in self._strangers:
+            del self._strangers[place]
             _take(self._by_origin, place.origin, place)
-        if self._known.get(place.peer) is place:
-            del self._known[place.peer]
+        if place in self._known:
+            del self._known[place]
             _take(self._by_key, place.key, place)
 
     def look(self, now: float) -> None:
         """End whoever has kept us waiting for too long."""
         self._begun = {of: found for of, found in self._begun.items() if self._still_begun(of, now) > 0}
-        for place in [*self._strangers.values(), *self._known.values()]:
+        for place in [*self._strangers, *self._known]:
             if place.busy:
                 place.waiting_since = None
             elif place.waiting_since is None:
@@ -143,9 +146,9 @@ class Watch:
         place.close()
 
 
-def _take(places: dict[object, dict[Peer, Place]], of: object, place: Place) -> None:
+def _take(places: dict[object, dict[Place, None]], of: object, place: Place) -> None:
     """``places`` without ``place``."""
-    places[of].pop(place.peer, None)
+    places[of].pop(place, None)
     if not places[of]:
         del places[of]
 

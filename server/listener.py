@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 import uvicorn
 
-from server.connections import Limits, Place, Watch
+from server.connections import PLACE, Limits, Place, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,10 @@ class GuardedServer(uvicorn.Server):
     def _protocol(self, place: Place, loop: asyncio.AbstractEventLoop) -> asyncio.Protocol:
         kind = _watched(cast("Any", self.config.http_protocol_class))
         protocol: Any = kind(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+            config=self.config,
+            server_state=self.server_state,
+            app_state={**self.lifespan.state, PLACE: place},
+            _loop=loop,
         )
         protocol.watch, protocol.place = self._watch, place
         place.protocol = protocol

@@ -23,6 +23,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 from fedgrade.errors import MessageRefused, SignatureRefused
 from fedgrade.trust.request_signature import HEADER, SESSION_HEADER, WINDOW_SECONDS, SignedClaim, read_header
+from server.connections import PLACE
 from server.enrolled_keys import EnrolledKeys
 from server.metrics import Application, Receive, Scope, Send
 from server.node_identity import NODE_KEY
@@ -91,7 +92,7 @@ class SignedRequests:
         keys: who is enrolled.
         clock: seconds since 1970 (UTC).
         allowance: for each key.
-        on_known: called with the peer of a connection, and the PEM of the enrolled key that signed what came over it.
+        on_known: called with the place of a connection, and the PEM of the enrolled key that signed what came over it.
 
     Attributes:
         session: what this process calls itself.
@@ -104,7 +105,7 @@ class SignedRequests:
         *,
         clock: Callable[[], float] = time.time,
         allowance: Allowance = Allowance(),
-        on_known: Callable[[Any, bytes], None] = lambda _peer, _key: None,
+        on_known: Callable[[Any, bytes], None] = lambda _place, _key: None,
     ) -> None:
         self.session = secrets.token_hex(16)
         self._application = application
@@ -125,7 +126,7 @@ class SignedRequests:
             headers = _headers(scope)
             signed, length, pem = _claimed(scope, headers)
             asker = await self._vouched(signed, length, pem)
-            self._on_known(scope.get("client"), pem)
+            self._on_known(scope["state"].get(PLACE), pem)
             asker.bytes_now += length
             try:
                 # Not under a name of its own: it would be kept until the answer has been sent.

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from server.certificates import certify
-from server.connections import Limits, Place, Watch, origin
+from server.connections import PLACE, Limits, Place, Watch, origin
 from server.listener import GuardedServer
 
 pytestmark = pytest.mark.flower
@@ -46,7 +46,7 @@ class Listening:
         config = uvicorn.Config(
             self.application,
             interface="asgi3",
-            host="127.0.0.1",
+            host="0.0.0.0",  # noqa: S104 - all of 127.0.0.0/8 is wanted
             port=self.port,
             lifespan="off",
             ws="none",
@@ -67,16 +67,21 @@ class Listening:
         await receive()
         await asyncio.to_thread(self.hold.wait)
         if (b"key", b"known") in scope["headers"]:
-            self.watch.know(scope["client"], b"key")
+            self.watch.know(scope["state"][PLACE], b"key")
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    def raw(self):
-        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+    def raw(self, host="127.0.0.1", *, source=0):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        connection.settimeout(PATIENCE)
+        connection.bind(("127.0.0.1", source))
+        connection.connect((host, self.port))
+        return connection
 
-    def tls(self):
+    def tls(self, host="127.0.0.1", *, source=0):
         context = ssl.create_default_context(cafile=str(self.files.authority))
-        return context.wrap_socket(self.raw(), server_hostname="127.0.0.1")
+        return context.wrap_socket(self.raw(host, source=source), server_hostname="127.0.0.1")
 
     def end(self):
         self.server.should_exit = True
@@ -164,6 +169,27 @@ def test_who_never_speaks_tls_is_given_up(listening):
     ):
         connection.sendall(said)
     assert all(ended(connection) for connection in connections)
+
+
+def test_two_connections_from_one_port_to_two_of_our_addresses_are_both_given_up(listening):
+    connections = [listening.tls()]
+    connections.append(listening.tls("127.0.0.2", source=connections[0].getsockname()[1]))
+    for connection in connections:
+        connection.sendall(b"POST / HTTP/1.1\r\nx: ")
+    assert connections[0].getsockname() == connections[1].getsockname()
+    assert all(ended(connection) for connection in connections)
+
+
+def test_who_shares_a_port_with_a_known_one_stays_a_stranger():
+    watch = Watch(LIMITS)
+    first, second = Place(("192.0.2.1", 7)), Place(("192.0.2.1", 7))
+    for place in (first, second):
+        assert watch.admit(place, 0.0)
+    watch.know(second, b"key")
+    assert (first.key, second.key, len(watch)) == (b"", b"key", 2)
+    watch.leave(second)
+    assert list(watch._strangers) == [first]
+    assert not watch._by_key
 
 
 def test_a_connection_that_is_quiet_after_an_answer_is_given_up(listening):

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedgrade.trust.request_signature import NO_SESSION, SESSION_HEADER, WINDOW_SECONDS, RequestClaim, sign
+from server.connections import PLACE
 from server.enrolled_keys import EnrolledKeys
 from server.signed_requests import MAX_REQUEST_BYTES, Allowance, SignedRequests
 
@@ -34,7 +35,7 @@ class Door:
             keys,
             clock=lambda: self.now,
             allowance=Allowance(**allowance),
-            on_known=lambda peer, key: self.known.append((peer, key)),
+            on_known=lambda place, key: self.known.append((place, key)),
         )
 
     def _read(self):
@@ -76,9 +77,8 @@ class Door:
             "path": path,
             "raw_path": path.encode(),
             "query_string": query,
-            "state": {},
+            "state": {PLACE: "its connection"},
             "method": method,
-            "client": ("192.0.2.1", 5),
             "headers": self.headers() if headers is None else headers,
         }
 
@@ -107,7 +107,7 @@ def door():
 def test_a_signed_request_comes_through_as_it_was_sent(door):
     assert door.ask()[0] == 200
     assert door.through == [BODY]
-    assert door.known == [(("192.0.2.1", 5), pem(KEY))]
+    assert door.known == [("its connection", pem(KEY))]
 
 
 def test_health_needs_no_signature(door):
