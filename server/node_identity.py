@@ -7,11 +7,12 @@ millisecond a request and says nothing that the first one (server/signed_request
 from typing import Final
 
 from fastapi import HTTPException
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest, RegisterNodeFleetRequest
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 from starlette.concurrency import run_in_threadpool
 
 from server.metrics import Application, Receive, Scope, Send
+from server.pushed_messages import require_own_reply
 
 NODE_KEY: Final = "fedgrade_node_key"  # in a request's state: PEM of the enrolled key that signed it
 _FLEET: Final = "/v1/fleet/"
@@ -27,14 +28,22 @@ class KeyOwnsNode:
         """Pass the request on.
 
         Raises:
-            HTTPException: it names another node than that of the key that signed it, or none.
+            HTTPException: it names another node than that of the key that signed it, or none; or it pushes something
+                else than a reply of that node.
         """
         if scope["type"] == "http" and scope["path"].startswith(_FLEET):
             message = scope["state"].get("protobuf_request")
             # Without one there is no such route, and flwr says so.
-            if isinstance(message, Message) and not await run_in_threadpool(_owns, scope, message):
-                raise HTTPException(401, "the request names another node than that of the key that signed it")
+            if isinstance(message, Message):
+                await run_in_threadpool(_require, scope, message)
         await self._application(scope, receive, send)
+
+
+def _require(scope: Scope, message: Message) -> None:
+    if not _owns(scope, message):
+        raise HTTPException(401, "the request names another node than that of the key that signed it")
+    if isinstance(message, PushMessagesRequest):
+        require_own_reply(message, scope["app"].state.linkstate_factory.state().object_store)
 
 
 def _owns(scope: Scope, message: Message) -> bool:

@@ -6,6 +6,8 @@ import ssl
 import time
 
 import pytest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 
 from clients.fleet import LinkRefused
 from clients.node_key import create_node_key
@@ -72,6 +74,20 @@ def test_a_key_speaks_for_its_own_node_alone(fleets):
             ask()
     beta._node = theirs
     assert beta.receive() is None
+
+
+@pytest.mark.parametrize(("source", "status"), [(None, 400), (1, 403), ("own", 403)])
+def test_a_key_pushes_nothing_but_replies_of_its_own_node(fleets, source, status):
+    own, _ = fleets
+    request = PushMessagesRequest(node=own._node)
+    if source is not None:
+        name = "ab" * 32
+        source = own._node.node_id if source == "own" else source
+        request.messages_list.append(Message(metadata=Metadata(run_id=1, message_id=name, src_node_id=source)))
+        request.message_object_trees.append(ObjectTree(object_id=name))
+    with pytest.raises(LinkRefused, match=f"HTTP {status} "):
+        own._call(own._client.PushMessages, request)
+    assert own.receive() is None
 
 
 @pytest.mark.parametrize(
