@@ -29,6 +29,7 @@ from server.engines import Engine, run_engine
 from server.local_federation import LocalFederation, Terms, create_local_federation, declared_size
 from server.progress_board import progress_board
 from server.run_lock import run_lock
+from server.run_record import let_go_on
 from server.summary import announce, quality_table
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,8 @@ def _on_this_machine(folder: Path) -> LocalFederation:
 def _run_here(federation: LocalFederation, job: TrainingJob, engine: Engine, patience: Patience) -> None:
     console = Console(soft_wrap=True)
     federation.coordinator.put_patience(patience)
+    # Nobody else runs a job here: the lock is held.
+    let_go_on(federation.coordinator.job_folder(job), on=False)
     proof = _run(console, federation, job, engine=engine)
     _summarise(console, proof, job, federation, shown=federation.root)
 

@@ -154,22 +154,13 @@ def roster(folder: Path) -> None:
 @click.command(epilog="Example: fedgrade stop federation")
 @click.argument("folder", type=EXISTING)
 def stop(folder: Path) -> None:
-    """End the run that is on in FOLDER; its checkpoint stands, and `fedgrade resume` goes on from there."""
-    from server.attached import attached, wait_for_end  # noqa: PLC0415
-    from server.run_record import note_stopped  # noqa: PLC0415 - the job's specs take a moment
+    """End the run that is on in FOLDER; its checkpoint stands, and `fedgrade resume` goes on from there.
 
-    own = CoordinatorFolder(root=folder)
-    with attached(folder) as control:
-        runs = control.unfinished()
-        for run in runs:
-            control.stop(run)
-    if not runs:
-        click.echo("no run is on")
-    elif wait_for_end(own.ledger):
-        note_stopped(own.job_folder(own.read_job()), "by `fedgrade stop`")
-        click.echo(f"run {runs[0]} stopped")
-    else:
-        click.echo(f"run {runs[0]} is stopped; its process has not ended yet")
+    A run that was interrupted is stopped too, whether or not FOLDER is served: only `fedgrade resume` takes it up then.
+    """
+    from server.stopping import stop_run  # noqa: PLC0415 - Flower takes a second
+
+    click.echo(stop_run(CoordinatorFolder(root=folder)))
 
 
 def _revoked_by(folder: CoordinatorFolder, notice: Path) -> SiteId:

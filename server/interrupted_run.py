@@ -15,18 +15,21 @@ from server.attached import is_held
 from server.control import Control
 from server.coordinator_folder import CoordinatorFolder
 from server.nodes_file import read_nodes, version
-from server.run_record import NAME, read_record
+from server.run_record import NAME, note_given_up, note_try, read_record
 
 logger = logging.getLogger(__name__)
 
-# Longer than `fedgrade stop` takes from the end of a run's process to the record that says so.
 _LOOK_SECONDS: Final = 2.0
-# A run whose process dies every time before its next stage is for a person to look at.
-_TRIES: Final = 3
+# After each try: what killed the run may be over by then. A run whose process dies every time before its next stage is
+# for a person to look at.
+_PAUSES_SECONDS: Final = (5.0, 25.0, 25.0)
 
 
 class InterruptedRun:
-    """Takes up the run that was on, as soon as enough of its sites are online."""
+    """Takes up the run that was on, as soon as enough of its sites are online.
+
+    How often it did stands in the run's record: neither the SuperLink nor ``fedgrade serve`` forgets it when it dies.
+    """
 
     def __init__(self, control: Control, folder: CoordinatorFolder) -> None:
         self._control = control
@@ -34,10 +37,13 @@ class InterruptedRun:
         # With the processes that served before, a run's is gone too: that is known at the first look.
         self._was_gone = True
         self._next = 0.0
+        self._not_before = 0.0
         self._job: TrainingJob | None = None
         self._seen: object = None
-        self._standing: tuple[str, int] = "", 0
-        self._tries = 0
+
+    def restarted(self) -> None:
+        """The SuperLink is another one, and the processes of the one before are gone."""
+        self._was_gone = True
 
     def follow(self) -> None:
         """Look every other second; a run that is gone at two looks is submitted. What fails is tried again."""
@@ -50,7 +56,7 @@ class InterruptedRun:
             if gone and self._was_gone:
                 self._take_up()
             self._was_gone = gone
-        except FedgradeError as error:
+        except (FedgradeError, OSError) as error:
             logger.warning("interrupted run not taken up yet: %s", error)
 
     def _any_open_record(self) -> bool:
@@ -59,23 +65,23 @@ class InterruptedRun:
 
     def _take_up(self) -> None:
         job = self._current_job()
-        record = read_record(self._folder.job_folder(job)) if job is not None else None
-        if job is None or record is None or record.outcome or not self._enough_online(job):
+        if job is None or time.monotonic() < self._not_before or not self._enough_online(job):
             return
-        if (job.digest, record.done) != self._standing:
-            self._standing, self._tries = (job.digest, record.done), 0
-        self._tries += 1
-        if self._tries <= _TRIES:
-            run_id = self._control.submit({RUN_DIRECTORY: str(self._folder.root.resolve())})
-            logger.warning("run %d goes on with job %s, whose process was gone", run_id, job.digest[:16])
-        elif self._tries == _TRIES + 1:
-            logger.error(
-                "job %s: its process died %d times in stage %d; see logs/, then `fedgrade resume %s`",
-                job.digest[:16],
-                _TRIES,
-                record.done + 1,
-                self._folder.root,
-            )
+        # Read last: it says whether somebody has told the run to stop meanwhile.
+        folder = self._folder.job_folder(job)
+        record = read_record(folder)
+        if record is None or record.outcome:
+            return
+        if record.tries >= len(_PAUSES_SECONDS):
+            why = f"its process died {record.tries} times in stage {record.done + 1}; see logs/"
+            note_given_up(folder, record, why)
+            logger.error("job %s: %s, then `fedgrade resume %s`", job.digest[:16], why, self._folder.root)
+            return
+        # Before it is submitted: what is submitted may take this process down with it.
+        note_try(folder, record)
+        self._not_before = time.monotonic() + _PAUSES_SECONDS[record.tries]
+        run_id = self._control.submit({RUN_DIRECTORY: str(self._folder.root.resolve())})
+        logger.warning("run %d goes on with job %s, whose process was gone", run_id, job.digest[:16])
 
     def _current_job(self) -> TrainingJob | None:
         """The job that is on, read again when it is another one; None where there is none that can be read."""

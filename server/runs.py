@@ -16,6 +16,7 @@ from server.run_record import RunRecord, read_record
 State = Literal["released", "on", "stopped", "failed", "interrupted", "not begun", "unknown"]
 DIGITS: Final = 16  # of a digest, as the folders of jobs are named
 _KILLED: Final = "its process was ended; `fedgrade serve` goes on with it, or `fedgrade resume`"
+_REPLACED: Final = "its process was ended, and another job took its place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,13 @@ def _known(path: Path, folder: CoordinatorFolder, current: TrainingJob | None, c
 def _recorded(record: RunRecord, folder: CoordinatorFolder, *, current: TrainingJob | None) -> KnownRun:
     state: State = record.outcome or "interrupted"
     why = record.why
-    if not record.outcome:
-        on = current is not None and current.digest == record.job and is_on(folder)
-        state, why = ("on", "") if on else ("interrupted", _KILLED)
+    if record.outcome in {"", "stopped"}:
+        is_current = current is not None and current.digest == record.job
+        # What was told to stop is on until its process has ended.
+        if is_current and (is_held(folder.ledger) if record.outcome else is_on(folder)):
+            state, why = "on", ""
+        elif not record.outcome:
+            state, why = "interrupted", _KILLED if is_current else _REPLACED
     return KnownRun(
         job=record.job,
         name=record.name,

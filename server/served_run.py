@@ -4,6 +4,7 @@ The run belongs to the SuperLink: whoever submitted it may leave, and somebody e
 """
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -19,7 +20,7 @@ from fedgrade.federation.rounds import stages_of
 from fedgrade.job import TrainingJob, plan_job
 from fedgrade.trust.identity import SiteId
 from server.app import RUN_DIRECTORY
-from server.attached import attached, is_held, is_served
+from server.attached import attached, is_held, is_served, wait_for_end
 from server.configure import compose_job
 from server.control import Control, ControlRefused
 from server.coordinator_folder import CoordinatorFolder, Patience
@@ -30,15 +31,15 @@ from server.local_federation import LocalFederation
 from server.nodes_file import read_nodes
 from server.progress_board import progress_board
 from server.run_lock import run_lock
-from server.run_record import read_record
+from server.run_record import let_go_on, read_record
 from server.summary import announce, quality_table
 
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS: Final = 0.5
 _READER_SECONDS: Final = 5.0
-# For `fedgrade serve` to see that a run's process is gone, and to submit the run again.
-_TAKEN_UP_SECONDS: Final = 30.0
+# For `fedgrade serve` to see that a run's process is gone, for sites to come back, and to submit the run again.
+_TAKEN_UP_SECONDS: Final = 120.0
 
 
 def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], patience: Patience) -> None:
@@ -68,7 +69,7 @@ def resume_served(console: Console, root: Path, *, patience: Patience) -> None:
 
     Raises:
         NotServing: no SuperLink serves ``root``.
-        JobRefused: there is no job, or somebody follows it already.
+        JobRefused: there is no job, somebody follows it already, or the process of the run before has not ended.
         DeploymentFailed: the run failed or was stopped; its checkpoint stands.
     """
     folder = CoordinatorFolder(root=root)
@@ -80,6 +81,9 @@ def resume_served(console: Console, root: Path, *, patience: Patience) -> None:
             # Of a SuperLink that was killed: it still counts the run, whose process is gone.
             control.stop(going[0])
             going = ()
+        if not going and not wait_for_end(folder.ledger):
+            raise JobRefused(f"{root}: the process of the run before has not ended yet; try again in a minute")
+        let_go_on(folder.job_folder(job), on=bool(going))
         _to_its_end(console, control, going[0] if going else _submitted(control, root), folder, job)
     _tell(console, folder, job)
 
@@ -94,7 +98,7 @@ def _to_its_end(console: Console, control: Control, run_id: int, folder: Coordin
         with progress_board(console, stages=len(stages_of(job))) as board:
             board.note(f"run {run_id}")
             with followed(LocalFederation(root=folder.root), board):
-                _follow(control, run_id, folder.root)
+                _follow(control, run_id, folder.root, folder.job_folder(job))
     except KeyboardInterrupt:
         console.print(
             f"Run {run_id} goes on without you. See it with `fedgrade watch {folder.root}`, follow it to its end with "
@@ -134,7 +138,7 @@ def _require_online(console: Console, control: Control, job: TrainingJob, root: 
         console.print(f"Not online, and counted on nevertheless: {', '.join(away)}")
 
 
-def _follow(control: Control, run_id: int, root: Path) -> None:
+def _follow(control: Control, run_id: int, root: Path, job_folder: Path) -> None:
     """Return when the run has completed.
 
     Raises:
@@ -143,13 +147,14 @@ def _follow(control: Control, run_id: int, root: Path) -> None:
     reader = threading.Thread(target=_read_log, args=(control, run_id), daemon=True)
     reader.start()
     try:
-        _watch(control, run_id, root)
+        _watch(control, run_id, root, job_folder)
     finally:
         # Before the connection is closed: a reader that is left reads what is opened next under the same number.
         reader.join(_READER_SECONDS)
 
 
-def _watch(control: Control, run_id: int, root: Path) -> None:
+def _watch(control: Control, run_id: int, root: Path, job_folder: Path) -> None:
+    gone_since = math.inf
     while True:
         try:
             status = control.status(run_id)
@@ -160,39 +165,39 @@ def _watch(control: Control, run_id: int, root: Path) -> None:
                     f"resume {root}`"
                 ) from error
             logger.info("%s", error)
-            ended, run_id = _after_a_restart(control, run_id, root)
+            ended, run_id = _after_a_restart(control, run_id, root, job_folder)
             if ended:
                 return
+            gone_since = min(gone_since, time.monotonic())
+            if time.monotonic() - gone_since > _TAKEN_UP_SECONDS:
+                raise _not_taken_up(run_id, root) from error
         else:
+            gone_since = math.inf
             if status.outcome == "completed":
                 return
             if status.finished:
-                further = _taken_up(control, root) if status.outcome == "failed" else None
+                further = _taken_up(control, job_folder) if status.outcome == "failed" else None
                 if further is None:
                     raise _not_completed(run_id, status.outcome, status.details, root)
                 run_id = further
         time.sleep(_LOOK_SECONDS)
 
 
-def _taken_up(control: Control, root: Path) -> int | None:
-    """The run that goes on in place of one whose process was killed; None if it failed in its own words, or none does.
-
-    Raises:
-        ControlRefused: no answer.
-    """
-    folder, end = CoordinatorFolder(root=root), time.monotonic() + _TAKEN_UP_SECONDS
-    job_folder = folder.job_folder(folder.read_job())
+def _taken_up(control: Control, job_folder: Path) -> int | None:
+    """The run that goes on in place of one whose process was killed; None if it said how it ended, or none does."""
+    end = time.monotonic() + _TAKEN_UP_SECONDS
     while time.monotonic() < end:
         record = read_record(job_folder)
         if record is None or record.outcome:
             return None
-        if going := control.unfinished():
-            return going[0]
+        with suppress(ControlRefused):
+            if going := control.unfinished():
+                return going[0]
         time.sleep(_LOOK_SECONDS)
     return None
 
 
-def _after_a_restart(control: Control, run_id: int, root: Path) -> tuple[bool, int]:
+def _after_a_restart(control: Control, run_id: int, root: Path, job_folder: Path) -> tuple[bool, int]:
     """Whether the run was released meanwhile, and its number: a SuperLink that was started again gives it another.
 
     Raises:
@@ -201,11 +206,17 @@ def _after_a_restart(control: Control, run_id: int, root: Path) -> tuple[bool, i
     with suppress(ControlRefused):
         if going := control.unfinished():
             return False, going[0]
-    folder = CoordinatorFolder(root=root)
-    record = read_record(folder.job_folder(folder.read_job()))
+    record = read_record(job_folder)
     if record is not None and record.outcome in {"failed", "stopped"}:
         raise _not_completed(run_id, record.outcome, record.why, root)
     return record is not None and record.outcome == "released", run_id
+
+
+def _not_taken_up(run_id: int, root: Path) -> DeploymentFailed:
+    return DeploymentFailed(
+        f"run {run_id}: its SuperLink was started again, and in {_TAKEN_UP_SECONDS:.0f} s nobody took the run up; see "
+        f"`fedgrade roster {root}` for who is online; its checkpoint stands, and `fedgrade resume {root}` goes on"
+    )
 
 
 def _not_completed(run_id: int, outcome: str, why: str, root: Path) -> DeploymentFailed:

@@ -31,6 +31,12 @@ logger = logging.getLogger(__name__)
 # How soon a running SuperLink takes note of an enrolment or a revocation; a look costs a stat of one file.
 _LOOK_SECONDS: Final = 0.25
 _RENEW_LOOK_SECONDS: Final = 3600.0
+# A SuperLink that lived so long is well; before that, the next one is waited for twice as long as the one before.
+_WELL_SECONDS: Final = 10.0
+_MOST_PAUSE_SECONDS: Final = 60.0
+# After what could not be done, such as on a full disk.
+_RETRY_SECONDS: Final = 1.0
+_RENEW_RETRY_SECONDS: Final = 60.0
 
 
 def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Path], None]) -> None:
@@ -67,17 +73,66 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
         certificates = _Certificates(folder)
         with announced(root, Listening(address=deployment.address, admin=deployment.admin)):
             on_up(deployment.address, deployment.authority)
+            processes = _Processes(deployment)
             while not stop.wait(_LOOK_SECONDS):
-                try:
-                    deployment.must_be_alive()
-                except DeploymentFailed as error:
-                    logger.error("started again: %s", error)  # noqa: TRY400 -- the line says it all
-                    deployment.restart()
-                    nodes.bring_up_to_date()
-                    interrupted = InterruptedRun(deployment.control, folder)
+                if not processes.alive():
+                    continue
+                if processes.restarted():
+                    nodes.forget()
+                    interrupted.restarted()
                 nodes.follow()
                 certificates.follow()
                 interrupted.follow()
+
+
+class _Processes:
+    """Starts SuperLink and superexec again when one of them ends, after a pause that grows while they do not last."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._up_since = time.monotonic()
+        self._not_before = 0.0
+        self._pause = 0.0
+        # A restart that failed leaves fewer processes than there should be, and each of those may live.
+        self._down = False
+        self._restarted = False
+
+    def alive(self) -> bool:
+        """Whether all of them run; tries to start those that do not, when it is time to."""
+        if not self._down:
+            try:
+                self._deployment.must_be_alive()
+            except DeploymentFailed as error:
+                self._ended(error)
+            else:
+                return True
+        if time.monotonic() < self._not_before:
+            return False
+        try:
+            self._deployment.restart()
+        except (FedgradeError, OSError) as error:
+            self._wait_longer()
+            logger.error("not started again, tried in %.0f s: %s", self._pause, error)  # noqa: TRY400 -- as above
+            return False
+        self._down, self._restarted, self._up_since = False, True, time.monotonic()
+        return True
+
+    def restarted(self) -> bool:
+        """Whether they are others than when this was last asked."""
+        restarted, self._restarted = self._restarted, False
+        return restarted
+
+    def _ended(self, error: DeploymentFailed) -> None:
+        self._down = True
+        if time.monotonic() - self._up_since > _WELL_SECONDS:
+            self._pause, self._not_before = 0.0, 0.0
+        else:
+            self._wait_longer()
+        logger.error("started again in %.0f s: %s", self._pause, error)
+
+    def _wait_longer(self) -> None:
+        self._pause = min(max(1.0, 2.0 * self._pause), _MOST_PAUSE_SECONDS)
+        self._not_before = time.monotonic() + self._pause
 
 
 class _Certificates:
@@ -89,7 +144,7 @@ class _Certificates:
         self._next = time.monotonic() + _RENEW_LOOK_SECONDS
 
     def follow(self) -> None:
-        """Look once an hour, or when ``coordinator.yaml`` was saved; what fails is tried at the next look."""
+        """Look once an hour, or when ``coordinator.yaml`` was saved; what fails is tried a minute later."""
         settings = self._folder.root / NAME
         if version(settings) == self._seen and time.monotonic() < self._next:
             return
@@ -102,7 +157,8 @@ class _Certificates:
                 bring_up_to_date(self._folder, now=now)
             else:
                 certify(superlink, [], now=now)
-        except FedgradeError as error:
+        except (FedgradeError, OSError) as error:
+            self._next = time.monotonic() + _RENEW_RETRY_SECONDS
             logger.warning("certificates and bundle are as before: %s", error)
 
 
@@ -113,13 +169,21 @@ class _NodeList:
         self._control = control
         self._folder = folder
         self._seen: object = None
+        self._next = 0.0
+
+    def forget(self) -> None:
+        """The SuperLink is another one, which knows nobody."""
+        self._seen, self._next = None, 0.0
 
     def follow(self) -> None:
         """Bring the list up to date if somebody came or went; what cannot be done now is tried again."""
+        if time.monotonic() < self._next:
+            return
         try:
             if self._version() != self._seen:
                 self.bring_up_to_date()
-        except FedgradeError as error:
+        except (FedgradeError, OSError) as error:
+            self._next = time.monotonic() + _RETRY_SECONDS
             logger.warning("enrolments not taken note of yet: %s", error)
 
     def bring_up_to_date(self) -> None:

@@ -54,6 +54,18 @@ def publish(release: ModelRelease, head: Head, *, to: Documents, key: SigningKey
     return digest(document)
 
 
+def standing_release(place: Documents, *, signed_by: PublicKey) -> OpenedRelease | None:
+    """The release that :func:`publish` wrote to ``place``; None where it wrote none, or only a part.
+
+    Raises:
+        DocumentRefused, SignatureRefused, ModelRefused: what is there is not such a release.
+    """
+    document, weights = place.read(DOCUMENT, limit=MAX_BYTES), place.read(WEIGHTS, limit=MAX_BYTES)
+    if document is None or weights is None:
+        return None
+    return opened_from(document, weights, signed_by=signed_by, what=f"release {place.where(DOCUMENT)}")
+
+
 def open_release(folder: Path, *, signed_by: PublicKey) -> OpenedRelease:
     """The release in ``folder``, signed by ``signed_by``, with weights that are the ones it names.
 

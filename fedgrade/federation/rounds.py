@@ -19,14 +19,14 @@ from fedgrade.aggregation.mean import (
     final_weights,
     mean_of_total,
 )
-from fedgrade.errors import LedgerBroken
+from fedgrade.errors import DocumentRefused, LedgerBroken, ModelRefused, SignatureRefused
 from fedgrade.evaluation import ConfusionCounts, metrics
 from fedgrade.federation.conversation import Conversation
 from fedgrade.federation.exchange import Cohort, Exchange, Hear, unheard
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.payloads import Head, write_head
 from fedgrade.federation.progress import Progress
-from fedgrade.federation.release import ModelRelease, publish
+from fedgrade.federation.release import ModelRelease, publish, standing_release
 from fedgrade.federation.store import RunState, RunStore
 from fedgrade.federation.witness import Witness
 from fedgrade.job import TrainingJob
@@ -79,11 +79,15 @@ def stages_of(job: TrainingJob) -> tuple[Stage, ...]:
 def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store: RunStore, log: "RoundLog") -> str:
     """Train ``job`` with ``cohort`` from wherever ``store`` says it stands; returns the digest of the signed release.
 
+    Of a job that the coordinator's ledger says was released, the release is there: nobody is asked, nothing is signed.
+
     Raises:
         RoundFailed: fewer sites than ``aggregation.minimum_sites`` answered; the checkpoint before it stands.
         LedgerBroken: the coordinator's ledger is older than the checkpoint.
         StoreUnavailable: what must be kept could not be; the checkpoint before it stands.
     """
+    if standing := _released_before(job, coordinator=coordinator, store=store, log=log):
+        return standing
     exchange = Exchange(
         job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds, hear=coordinator.hear
     )
@@ -181,6 +185,10 @@ class RoundLog:
                 "coordinator's ledger and its checkpoint do not belong together"
             )
 
+    def releases_of(self, job: TrainingJob) -> frozenset[str]:
+        """The digests of what was published of ``job``."""
+        return frozenset(release for published, release in self._released if published == job.digest)
+
     def release(self, job: TrainingJob, release_digest: str, *, now: datetime) -> None:
         """Record that a model was published, once."""
         if (job.digest, release_digest) not in self._released:
@@ -275,6 +283,25 @@ def _final_head(job: TrainingJob, state: RunState) -> Head:
     return Head.of(job, final_weights(state.server), state.centre)
 
 
+def _released_before(job: TrainingJob, *, coordinator: Coordinator, store: RunStore, log: RoundLog) -> str | None:
+    """The digest of the release of ``job`` that the ledger knows of; None where it knows of none.
+
+    Raises:
+        LedgerBroken: the ledger knows of one that is not there.
+    """
+    known = log.releases_of(job)
+    if not known:
+        return None
+    standing = standing_release(store.release, signed_by=coordinator.key.public)
+    if standing is None or standing.digest not in known:
+        raise LedgerBroken(
+            f"job {job.spec.name}: was released by the coordinator's ledger, and {store.release.where('')} does not "
+            "have that release; restore it, for a job is released once"
+        )
+    logger.warning("job %s: was released before (%s); nobody is asked again", job.spec.name, standing.digest[:16])
+    return standing.digest
+
+
 def _publish(job: TrainingJob, state: RunState, *, coordinator: Coordinator, store: RunStore, log: RoundLog) -> str:
     head, now = _final_head(job, state), coordinator.clock()
     release = ModelRelease(
@@ -285,7 +312,21 @@ def _publish(job: TrainingJob, state: RunState, *, coordinator: Coordinator, sto
         contributions=state.contributions,
         published=now.isoformat(timespec="seconds"),
     )
-    published = publish(release, head, to=store.release, key=coordinator.key)
+    published = _written_before(release, coordinator=coordinator, store=store)
+    if published is None:
+        published = publish(release, head, to=store.release, key=coordinator.key)
     log.release(job, published, now=now)
     logger.info("job %s: released", job.spec.name)
     return published
+
+
+def _written_before(release: ModelRelease, *, coordinator: Coordinator, store: RunStore) -> str | None:
+    """The digest of ``release`` as a process signed it that was killed before its entry; partners may have it."""
+    try:
+        standing = standing_release(store.release, signed_by=coordinator.key.public)
+    except (DocumentRefused, SignatureRefused, ModelRefused):
+        # No release that anybody would take: this one takes its place.
+        return None
+    if standing is None or replace(standing.release, published=release.published) != release:
+        return None
+    return standing.digest

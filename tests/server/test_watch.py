@@ -23,7 +23,7 @@ from server.coordinator_file import CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder, Patience
 from server.enrolment import create_coordinator
 from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, Refused, read_awaited, read_refusals
-from server.run_record import note_stopped, read_record
+from server.run_record import order_stop, read_record
 from server.runs import KnownRun, known_runs
 from server.watch_command import RunEnded, _Watched
 from server.watch_page import RunView, page, seconds_left
@@ -159,15 +159,17 @@ def test_a_run_whose_process_was_killed_is_interrupted_until_somebody_says_that_
 
         record = []
         run_folder(folder, cohort, report=look)
+    ended = (where / "run.json").read_bytes()
     (where / "run.json").write_bytes(record[0])  # as a kill leaves it
     (run,) = known_runs(folder)
     assert (run.state, run.done) == ("interrupted", 2)
     assert "fedgrade resume" in run.why
-    note_stopped(where, "by `fedgrade stop`")
+    order_stop(where, "by `fedgrade stop`")
     assert known_runs(folder)[0].state == "stopped"
-    # What the run itself said is not talked over.
-    note_stopped(where, "again")
     assert read_record(where).why == "by `fedgrade stop`"
+    # What the run itself said is not talked over.
+    (where / "run.json").write_bytes(ended)
+    assert read_record(where).outcome == "released"
 
 
 def test_a_damaged_record_hides_no_other_run(federation, folder):
