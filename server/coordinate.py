@@ -77,7 +77,7 @@ def _run_kept(folder: CoordinatorFolder, kept: Documents, cohort: Cohort, *, rep
             deadline_seconds=patience.deadline_seconds,
             admission_seconds=patience.admission_seconds,
         )
-        store = RunStore(Below(documents=kept, folder=folder.job_name(job)))
+        store = RunStore(Below(documents=kept, folder=folder.job_name(job)), key=key)
         return run_job(job, cohort, coordinator=coordinator, store=store, log=log)
 
 

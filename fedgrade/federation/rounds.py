@@ -83,7 +83,8 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
 
     Raises:
         RoundFailed: fewer sites than ``aggregation.minimum_sites`` answered; the checkpoint before it stands.
-        LedgerBroken: the coordinator's ledger is older than the checkpoint.
+        LedgerBroken: the coordinator's ledger is older than the checkpoint, or they do not belong together.
+        SignatureRefused: the checkpoint is not signed by this coordinator.
         StoreUnavailable: what must be kept could not be; the checkpoint before it stands.
     """
     if standing := _released_before(job, coordinator=coordinator, store=store, log=log):
@@ -95,7 +96,7 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     if state.closing is not None:
         # A crash between checkpoint and ledger; nobody needs to be asked again.
         log.close_round(state.closing, now=coordinator.clock())
-    log.require_closed(job, stages[: state.next_stage])
+    log.require_closed(job, stages[: state.next_stage], head=_current_head(job, state))
     conversation = Conversation(exchange, key=coordinator.key, ledger=log.sealed_head, store=store)
     stood = log.stood(job, stages[: state.next_stage])
     conversation.admit(stood=stood, patience_seconds=coordinator.admission_seconds)
@@ -155,18 +156,26 @@ class RoundLog:
                 stood.update(closed.ledgers)
         return stood
 
-    def require_closed(self, job: TrainingJob, stages: Iterable[Stage]) -> None:
-        """Return if each of ``stages`` of ``job``, which are done, stands in the ledger.
+    def require_closed(self, job: TrainingJob, stages: Iterable[Stage], *, head: Head) -> None:
+        """Return if each of ``stages`` of ``job``, done by now, stands in the ledger, the last with ``head`` after.
 
         Raises:
-            LedgerBroken: one does not; nobody should pay for stages that no verifier would accept.
+            LedgerBroken: it does not; nobody should pay for stages that no verifier would accept.
         """
+        closed = None
         for stage in stages:
-            if (job.digest, stage.purpose, stage.round_index) not in self._closed:
+            closed = self._closed.get((job.digest, stage.purpose, stage.round_index))
+            if closed is None:
                 raise LedgerBroken(
                     f"{stage.purpose} round {stage.round_index}: is done by the checkpoint, and the coordinator's "
                     "ledger does not have it: it was rolled back; restore its newest copy"
                 )
+        if closed is not None and (found := digest(write_head(head))) != closed.weights_after:
+            raise LedgerBroken(
+                f"{closed.purpose} round {closed.round_index}: ended with weights {closed.weights_after[:16]} by the "
+                f"coordinator's ledger, and the checkpoint has {found[:16]}: they do not belong together; restore the "
+                "newest copy of both"
+            )
 
     def close_round(self, closed: RoundClosed, *, now: datetime) -> None:
         """Record one stage, once.

@@ -1,7 +1,8 @@
 """What a coordinator keeps of its runs: a checkpoint after every stage, receipts, what was measured, the release.
 
 A crash loses at most the stage that was open; asking for it again costs sites nothing, because they resend. Where it is
-kept is given in: :class:`Folder` is a folder on disk, server/database.py a database.
+kept is given in: :class:`Folder` is a folder on disk, server/database.py a database, whose owner has no key. A
+checkpoint is signed by the coordinator: nobody else says what a run goes on from.
 """
 
 import os
@@ -22,7 +23,8 @@ from fedgrade.evaluation import ConfusionCounts
 from fedgrade.job import TrainingJob
 from fedgrade.model.weights import read_weights, write_weights
 from fedgrade.trust.canonical import decode, digest, encode
-from fedgrade.trust.identity import SiteId
+from fedgrade.trust.envelope import open_sealed, seal
+from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.records import Purpose, RoundClosed
 
 MAX_KEPT_BYTES: Final = 2**30
@@ -166,7 +168,9 @@ class BegunSum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Checkpoint:
+class Checkpoint:
+    """What ``checkpoint/latest.json`` seals: a :class:`RunState`, its arrays by their digest ``tensors``."""
+
     job: str
     next_stage: int
     averaged: int
@@ -179,8 +183,10 @@ class _Checkpoint:
 class RunStore:
     """What a coordinator keeps of one run."""
 
-    def __init__(self, documents: Documents) -> None:
+    def __init__(self, documents: Documents, *, key: SigningKey) -> None:
+        """What ``documents`` hold of it; checkpoints are signed with the coordinator's ``key``."""
         self._documents = documents
+        self._key = key
         self._pending: dict[str, bytes | None] | None = None
 
     @property
@@ -209,7 +215,7 @@ class RunStore:
             },
             metadata={},
         )
-        checkpoint = _Checkpoint(
+        checkpoint = Checkpoint(
             job=job.digest,
             next_stage=state.next_stage,
             averaged=state.server.averaged,
@@ -220,18 +226,19 @@ class RunStore:
         )
         name = _arrays(checkpoint)
         stale = [other for other in self._documents.names("checkpoint") if other.endswith(_ARRAYS) and other != name]
-        self._write({name: tensors, _LATEST: encode(checkpoint), **dict.fromkeys(stale)})
+        self._write({name: tensors, _LATEST: seal(checkpoint, self._key), **dict.fromkeys(stale)})
 
     def load(self, job: TrainingJob) -> RunState | None:
         """The state to resume ``job`` from; nothing if it never got through a stage.
 
         Raises:
             DocumentRefused, ModelRefused: the checkpoint is another job's, or damaged.
+            SignatureRefused: this coordinator did not sign it.
         """
         latest, raw = self._documents.where(_LATEST), self._documents.read(_LATEST)
         if raw is None:
             return None
-        checkpoint = decode(_Checkpoint, raw, what=f"checkpoint {latest}")
+        checkpoint = open_sealed(raw, as_=Checkpoint, signed_by=self._key.public, what=f"checkpoint {latest}")
         if checkpoint.job != job.digest:
             raise DocumentRefused(f"checkpoint {latest}: belongs to job {checkpoint.job[:16]}; give this job its own")
         tensors = self._documents.read(_arrays(checkpoint))
@@ -296,7 +303,7 @@ class RunStore:
             self._pending.update(changes)
 
 
-def _arrays(checkpoint: _Checkpoint) -> str:
+def _arrays(checkpoint: Checkpoint) -> str:
     return f"checkpoint/{checkpoint.tensors}{_ARRAYS}"
 
 

@@ -339,7 +339,7 @@ class SmallFederation:
         return self.release(job)
 
     def store(self, job: TrainingJob) -> RunStore:
-        return RunStore(Folder(self.root / "jobs" / job.digest[:16]))
+        return RunStore(Folder(self.root / "jobs" / job.digest[:16]), key=self.coordinator_key)
 
     def release(self, job: TrainingJob) -> OpenedRelease:
         return open_release(self.root / "jobs" / job.digest[:16] / "release", signed_by=self.coordinator_key.public)

@@ -2,15 +2,17 @@
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
-from fedgrade.errors import DocumentRefused, ModelRefused
+from fedgrade.errors import DocumentRefused, LedgerBroken, ModelRefused, SignatureRefused
 from fedgrade.federation import rounds
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.rounds import RoundLog
-from fedgrade.federation.store import RunStore
+from fedgrade.federation.store import Folder, RunStore
 from fedgrade.federation.verification import verify_federation
+from fedgrade.trust.identity import SigningKey
 from tests.federation.small_federation import NAMES, with_privacy
 
 SPEC = with_privacy(rounds=1)  # centre, one round, evaluation
@@ -69,6 +71,9 @@ def strike(patch, owner, name, call, *, after):
 def replayed(federation, job):
     """The weights that an undisturbed coordinator gets from the same sites, which resend what they once sent."""
     shutil.rmtree(federation.root / "jobs")
+    # As before the release: a ledger that has one lets nobody make another.
+    *lines, _released = federation.coordinator_ledger.read_bytes().splitlines(keepends=True)
+    federation.coordinator_ledger.write_bytes(b"".join(lines))
     before = {site: federation.charges(site) for site in NAMES}
     release = federation.run_in_process(job)
     assert {site: federation.charges(site) for site in NAMES} == before
@@ -148,15 +153,12 @@ def test_a_stage_that_was_decided_before_a_crash_stands_although_one_of_its_site
 
 def test_a_finished_run_that_is_started_again_costs_nobody_anything(federation):
     job = federation.job(SPEC)
-    first = federation.run_in_process(job).release
+    first = federation.run_in_process(job)
     before = {site: federation.entries(site) for site in NAMES}
-    again = federation.run_in_process(job).release
-    assert again.weights_digest == first.weights_digest
-    for site in NAMES:
-        *kept, last = federation.entries(site)
-        # It was shown the job again, and saw that the coordinator's ledger had grown since.
-        assert kept == before[site]
-        assert last.body.kind == "checkpoint"
+    again = federation.run_in_process(job)
+    # The release that is there, and nobody was asked.
+    assert again.digest == first.digest
+    assert {site: federation.entries(site) for site in NAMES} == before
     verify_federation(federation.root)
 
 
@@ -179,3 +181,32 @@ def test_a_damaged_checkpoint_is_refused_and_not_trained_on(federation, harm):
         arrays.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises(ModelRefused, match="checkpoint"):
         federation.store(job).load(job)
+
+
+def interrupted(federation, answers):
+    """A job whose coordinator died before its second stage, and its state."""
+    job = federation.job(SPEC)
+    with power_cut(rounds, "_advance", 1, after=False):
+        federation.run(job, Quiet(answers))
+    return job, federation.store(job).load(job)
+
+
+def test_a_checkpoint_that_another_key_signed_is_refused_before_anybody_is_asked(federation):
+    with federation.answers() as answers:
+        job, state = interrupted(federation, answers)
+        RunStore(Folder(federation.root / "jobs" / job.digest[:16]), key=SigningKey.generate()).save(state, job)
+        before = {site: federation.entries(site) for site in NAMES}
+        with pytest.raises(SignatureRefused, match=r"checkpoint .*signed by key"):
+            federation.run(job, Quiet(answers))
+    assert {site: federation.entries(site) for site in NAMES} == before
+
+
+def test_a_checkpoint_with_other_weights_than_the_ledger_says_is_refused_before_anybody_is_asked(federation):
+    with federation.answers() as answers:
+        job, state = interrupted(federation, answers)
+        other = replace(state, server=replace(state.server, weights=state.server.weights + 1.0))
+        federation.store(job).save(replace(other, closing=None), job)
+        before = {site: federation.entries(site) for site in NAMES}
+        with pytest.raises(LedgerBroken, match=r"centre round 0: ended with weights .* do not belong together"):
+            federation.run(job, Quiet(answers))
+    assert {site: federation.entries(site) for site in NAMES} == before

@@ -149,7 +149,7 @@ def play(story: Story, workshop: Workshop) -> TrainingJob:
         sides = tuple(charging.account(dataset, partition=partition) for partition in ("train", "test"))
         charging.accept(job, envelope=envelope, accounts=sides)
         charging.witness(workshop.log.sealed_head)
-    store = RunStore(Folder(workshop.folder / "jobs" / job.digest[:16]))
+    store = RunStore(Folder(workshop.folder / "jobs" / job.digest[:16]), key=workshop.key)
     heads, contributions = _heads(job, workshop), dict.fromkeys(job.participants, 0)
     before = next(heads)
     for index, stage in enumerate(stages_of(job)[: story.stop_after]):
