@@ -74,9 +74,6 @@ def replayed(federation, job):
     # As before the release: a ledger that has one lets nobody make another.
     *lines, _released = federation.coordinator_ledger.read_bytes().splitlines(keepends=True)
     federation.coordinator_ledger.write_bytes(b"".join(lines))
-    # As before the release: a ledger that has one lets nobody make another.
-    *lines, _released = federation.coordinator_ledger.read_bytes().splitlines(keepends=True)
-    federation.coordinator_ledger.write_bytes(b"".join(lines))
     before = {site: federation.charges(site) for site in NAMES}
     release = federation.run_in_process(job)
     assert {site: federation.charges(site) for site in NAMES} == before
