@@ -26,6 +26,8 @@ class Limits:
         handshake_seconds: for TLS.
         header_seconds: without a whole request, since the connection began or the last answer ended.
         header_bytes: of one request's line and headers.
+        reading_seconds: for a peer to take what was sent of an answer (server/slices.py) before more of it is; its end
+            has ``header_seconds``.
         strangers: connections that have not shown an enrolled key, in all.
         strangers_by_address: the same, from one address (IPv6: one /64).
         connections_by_key: of one enrolled key.
@@ -37,6 +39,7 @@ class Limits:
     handshake_seconds: float = 5.0
     header_seconds: float = 10.0
     header_bytes: int = 32 * 1024
+    reading_seconds: float = 30.0
     strangers: int = 1024
     strangers_by_address: int = 128
     connections_by_key: int = 32

@@ -1,7 +1,8 @@
 """A listener on the open network: who has not said in time what it wants is disconnected, and nobody holds many places.
 
-uvicorn waits for ever for a request's header, bounds neither headers nor connections by address, and gives a TLS
-handshake a minute. This one accepts connections itself, hands them to uvicorn's protocol, and watches them.
+uvicorn waits for ever for a request's header and for who does not read its answer, bounds neither headers nor
+connections by address, and gives a TLS handshake a minute. This one accepts connections itself, hands them to
+uvicorn's protocol, and watches them.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from typing import Any, Final, cast
 import uvicorn
 
 from server.connections import PLACE, Limits, Place, Watch
+from server.metrics import Application, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class GuardedServer(uvicorn.Server):
             logger.error("cannot listen on %s port %d: %s", self.config.host, self.config.port, error)  # noqa: TRY400
             await self.lifespan.shutdown()
             raise SystemExit(1) from error
+        self.config.loaded_app = _in_time(self.config.loaded_app, self._watch.limits.reading_seconds)
         for one in listening:
             self._start(self._accept(one))
         self._start(self._look())
@@ -163,6 +166,25 @@ def _watched(base: Any) -> Any:
             super().connection_lost(exc)
 
     return Watched
+
+
+def _in_time(application: Application, seconds: float) -> Application:
+    """``application``, whose answers end with their connection when a peer does not take a piece in ``seconds``."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        place: Place = scope["state"][PLACE]
+
+        async def send_in_time(message: Scope) -> None:
+            try:
+                async with asyncio.timeout(seconds):
+                    await send(message)
+            except TimeoutError:
+                # What is sent from now on goes nowhere, and the application comes to its end.
+                place.close()
+
+        await application(scope, receive, send_in_time)
+
+    return answer
 
 
 def _listen(family: int, address: Any, backlog: int) -> socket.socket:

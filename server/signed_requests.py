@@ -14,7 +14,8 @@ import re
 import secrets
 import time
 from base64 import b64decode
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -51,12 +52,14 @@ class Allowance:
     Attributes:
         requests: within the window, each of which is remembered.
         bytes_at_once: of bodies that are being read or answered.
+        answers_at_once: that are made or sent. A node waits for two; what a connection that broke held may be there.
         stall_seconds: without a byte of a body, and it is given up.
         bytes_a_second: slower than this on the whole, and it is given up.
     """
 
     requests: int = 50_000
     bytes_at_once: int = MAX_REQUEST_BYTES
+    answers_at_once: int = 4
     stall_seconds: float = 30.0
     bytes_a_second: int = 256 * 1024
 
@@ -77,11 +80,24 @@ class _Asker:
         nonces: by the time that was signed with them, in slots.
         forgotten: seconds; of times before it nonces are no longer known.
         bytes_now: of bodies under way.
+        answers_now: under way, each of which may be as long as an object.
     """
 
     nonces: dict[int, set[str]] = field(default_factory=dict)
     forgotten: int = 0
     bytes_now: int = 0
+    answers_now: int = 0
+
+    @contextmanager
+    def answered(self, at_once: int, *, known: str) -> Iterator[None]:
+        """While an answer is made and sent."""
+        if self.answers_now >= at_once:
+            raise _Refused(429, f"{at_once} answers to this node key are under way; read them", known=known)
+        self.answers_now += 1
+        try:
+            yield
+        finally:
+            self.answers_now -= 1
 
 
 class SignedRequests:
@@ -132,7 +148,8 @@ class SignedRequests:
                 # Not under a name of its own: it would be kept until the answer has been sent.
                 given = _given(await self._read(receive, length, signed.claim.body_digest), receive)
                 scope["state"][NODE_KEY] = pem
-                await self._application(scope, given, send)
+                with asker.answered(self._allowance.answers_at_once, known=_name(pem)):
+                    await self._application(scope, given, send)
             finally:
                 asker.bytes_now -= length
         except _Refused as refused:
@@ -145,7 +162,7 @@ class SignedRequests:
         if key is None:
             self._askers.pop(pem, None)
             raise _Refused(401, "this node key is not enrolled here")
-        claim, known = signed.claim, hashlib.sha256(pem).hexdigest()[:16]
+        claim, known = signed.claim, _name(pem)
         if claim.session != self.session:
             raise _Refused(401, "sign for this SuperLink's session, which began when it was started")
         now, asker = self._clock(), self._askers.setdefault(pem, _Asker())
@@ -225,6 +242,10 @@ def declared_length(value: bytes) -> int | None:
     """The length of a body by its header, if it is one that is read."""
     length = int(value) if value.isdigit() and len(value) <= _MAX_DIGITS else MAX_REQUEST_BYTES + 1
     return length if length <= MAX_REQUEST_BYTES else None
+
+
+def _name(pem: bytes) -> str:
+    return hashlib.sha256(pem).hexdigest()[:16]
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

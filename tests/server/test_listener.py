@@ -17,6 +17,7 @@ import uvicorn
 from server.certificates import certify
 from server.connections import PLACE, Limits, Place, Watch, origin
 from server.listener import GuardedServer
+from server.slices import SLICE_BYTES
 
 pytestmark = pytest.mark.flower
 
@@ -24,12 +25,14 @@ LIMITS = Limits(
     handshake_seconds=0.6,
     header_seconds=0.4,
     header_bytes=2000,
+    reading_seconds=1.5,
     strangers=12,
     strangers_by_address=8,
     connections_by_key=3,
     connections=64,
 )
 PATIENCE = 20.0
+LONG = 128  # pieces of 256 KB, more than sockets hold
 ASK = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
 
 
@@ -68,8 +71,12 @@ class Listening:
         await asyncio.to_thread(self.hold.wait)
         if (b"key", b"known") in scope["headers"]:
             self.watch.know(scope["state"][PLACE], b"key")
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
+        pieces = LONG if (b"long", b"yes") in scope["headers"] else 0
+        length = str(pieces * SLICE_BYTES + 2).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        for _ in range(pieces - 1):
+            await send({"type": "http.response.body", "body": bytes(SLICE_BYTES), "more_body": True})
+        await send({"type": "http.response.body", "body": bytes(SLICE_BYTES if pieces else 0) + b"ok"})
 
     def raw(self, host="127.0.0.1", *, source=0):
         connection = socket.socket()
@@ -204,6 +211,36 @@ def test_an_answer_may_take_its_time(listening):
         connection.sendall(ASK)
         threading.Timer(3 * LIMITS.header_seconds, listening.hold.set).start()
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_who_does_not_read_an_answer_is_given_up(listening):
+    with listening.tls() as connection:
+        connection.sendall(ASK.replace(b"\r\n\r\n", b"\r\nlong: yes\r\n\r\n"))
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        while len(listening.watch):
+            time.sleep(0.05)
+        assert received(connection) < LONG * SLICE_BYTES
+    while listening.server.server_state.tasks:
+        time.sleep(0.05)
+
+
+def test_an_answer_that_is_read_slowly_comes_whole(listening):
+    with listening.tls() as connection:
+        connection.sendall(ASK.replace(b"\r\n\r\n", b"\r\nlong: yes\r\n\r\n"))
+        assert received(connection, pause=0.001) > LONG * SLICE_BYTES
+
+
+def received(connection, *, pause=0.0):
+    """Bytes of an answer until it or the connection ends."""
+    found, last = 0, b""
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        while not last.endswith(b"ok"):
+            last = connection.recv(65536)
+            if not last:
+                break
+            found += len(last)
+            time.sleep(pause)
+    return found
 
 
 def test_a_header_without_end_takes_no_memory(listening):

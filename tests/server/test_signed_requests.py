@@ -265,6 +265,31 @@ def test_bodies_under_way_are_bounded_for_each_key():
     assert door.ask()[0] == 200
 
 
+def test_answers_under_way_are_bounded_for_each_key():
+    async def many(door):
+        go = asyncio.Event()
+
+        async def held(_scope, receive, send):
+            await receive()
+            await go.wait()
+            await door._application({"method": "GET"}, receive, send)
+
+        door.door._application = held
+        door.enrolled.append(pem(STRANGER))
+        asked = [asyncio.create_task(door.asked()) for _ in range(5)]
+        other = asyncio.create_task(door.asked(door.headers(key=STRANGER)))
+        refused, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        go.set()
+        return [(await task)[0] for task in (*asked, other)], [task.result() for task in refused]
+
+    door = Door(answers_at_once=4)
+    statuses, refused = asyncio.run(many(door))
+    assert sorted(statuses[:5]) == [200] * 4 + [429]
+    assert refused == [(429, "4 answers to this node key are under way; read them", True)]
+    assert statuses[5] == 200
+    assert {asker.answers_now for asker in door.door._askers.values()} == {0}
+
+
 def test_a_body_that_stalls_is_given_up():
     async def never():
         await asyncio.Event().wait()
