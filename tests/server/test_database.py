@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,8 +25,9 @@ from server.certificates import certify
 from server.coordinate import run_folder
 from server.coordinator_file import CoordinatorSettings, read_settings, settings_yaml
 from server.coordinator_folder import BOOK, CoordinatorFolder
-from server.database import Database, DatabaseUnavailable
+from server.database import Database, DatabaseUnavailable, UsedElsewhere
 from server.enrolment import bring_up_to_date, create_coordinator, enrol, read_book, revoke
+from server.hold import Hold
 from server.mirror import EVERYTHING
 from tests.federation.small_federation import (
     NAMES,
@@ -105,6 +107,9 @@ class Coordinated:
         """What the same job comes to with files: sites resend what they once sent, and are charged for nothing."""
         before = {name: self.federation.charges(name) for name in NAMES}
         shutil.rmtree(self.folder.root / "jobs")
+        # As before the release: a ledger that has one lets nobody make another.
+        *lines, _released = self.folder.ledger.read_bytes().splitlines(keepends=True)
+        self.folder.ledger.write_bytes(b"".join(lines))
         self.use("files")
         self.folder.put_job(job)
         with self.cohort(policy=policy) as cohort:
@@ -361,6 +366,49 @@ def test_only_one_machine_at_a_time_uses_a_federation(coordinated, tmp_path):
         other.put_job(job)
     with other.kept(), pytest.raises(DatabaseUnavailable, match=busy):
         coordinated.folder.put_job(job)
+
+
+def test_a_server_that_was_restarted_is_soon_held_again(cluster):
+    with opened(cluster.address(), machine="A") as held, Hold(held, every_seconds=0.05) as hold:
+        cluster.kill()
+        time.sleep(0.3)  # a few looks find nobody there
+        cluster.start()
+        deadline = time.monotonic() + 30
+        while not refuses_another(cluster):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        hold.require()
+
+
+def refuses_another(cluster):
+    try:
+        with opened(cluster.address(), machine="B"):
+            return False
+    except UsedElsewhere:
+        return True
+
+
+def test_who_lost_the_database_to_another_machine_is_told(cluster):
+    with opened(cluster.address(), machine="A") as held:
+        cluster.kill()
+        cluster.start()
+        with opened(cluster.address(), machine="B"), Hold(held, every_seconds=0.02) as hold:
+            hold._thread.join(30)
+            with pytest.raises(UsedElsewhere, match="this machine no longer serves: .*in use by fedgrade") as told:
+                hold.require()
+            assert "\n" not in str(told.value)
+
+
+def test_what_is_served_is_held_for_this_machine(coordinated, tmp_path):
+    other = CoordinatorFolder(root=tmp_path / "other")
+    shutil.copytree(coordinated.folder.root, other.root)
+    with coordinated.folder.kept(), coordinated.folder.held() as must_be_ours:
+        must_be_ours()
+        with pytest.raises(UsedElsewhere), other.held():
+            pass
+    coordinated.use("files")
+    with coordinated.folder.held() as must_be_ours:
+        must_be_ours()
 
 
 def test_a_checkpoint_that_somebody_changed_ends_the_run_before_anybody_is_asked(coordinated, cluster):
