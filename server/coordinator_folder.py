@@ -6,7 +6,7 @@ checkpoint, receipts and release.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,17 +108,39 @@ class CoordinatorFolder:
         Raises:
             DatabaseUnavailable: it cannot be used now, or another machine uses it.
         """
-        settings = read_settings(self.root) if (self.root / NAME).exists() else None
-        if settings is None or settings.database == FILES:
+        if (address := self._database()) == FILES:
             yield Folder(self.root)
             return
         # Imported here: its driver is an extra that few need.
         from server.database import opened_mirror  # noqa: PLC0415
 
         federation = SigningKey.load(self.key).public
-        with opened_mirror(settings.database, root=self.root, federation=federation) as mirror:
+        with opened_mirror(address, root=self.root, federation=federation) as mirror:
             mirror.bring_up_to_date(copies)
             yield mirror
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Keep the database, if there is one, to this machine until the block ends, also when it restarts meanwhile.
+
+        What is given raises ``server.database.UsedElsewhere`` once another machine has taken it over all the same.
+
+        Raises:
+            DatabaseUnavailable: it cannot be used now, or another machine uses it.
+        """
+        if (address := self._database()) == FILES:
+            yield lambda: None
+            return
+        from server.database import opened  # noqa: PLC0415 - as above
+        from server.hold import Hold  # noqa: PLC0415
+
+        federation = SigningKey.load(self.key).public
+        database = opened(address, root=self.root, federation=federation, patience_seconds=0.0)
+        with database, Hold(database) as hold:
+            yield hold.require
+
+    def _database(self) -> str:
+        return read_settings(self.root).database if (self.root / NAME).exists() else FILES
 
     def read_roster(self) -> Roster:
         """The roster.

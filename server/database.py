@@ -89,6 +89,10 @@ class DatabaseUnavailable(StoreUnavailable):
     """The database cannot be used now: unreachable, not permitted, full, or in use by another machine."""
 
 
+class UsedElsewhere(DatabaseUnavailable):
+    """Another machine uses the federation's documents."""
+
+
 class Database:
     """Documents in one schema of a PostgreSQL database; see ``fedgrade.federation.store.Documents``."""
 
@@ -204,6 +208,19 @@ class Database:
 
         self._done(work)
 
+    def touch(self) -> None:
+        """Take this machine's lock again if the connection that held it was lost.
+
+        Raises:
+            UsedElsewhere: another machine took it meanwhile.
+            DatabaseUnavailable: the database cannot be used.
+        """
+
+        def work(cursor: Cursor) -> None:
+            cursor.execute("select 1")
+
+        self._done(work)
+
     def where(self, name: str) -> str:
         """The database and the name."""
         return f"{self}: {name}"
@@ -249,7 +266,7 @@ class Database:
                 self._connection = self._connected()
             except DatabaseUnavailable as error:
                 if time.monotonic() > deadline:
-                    raise DatabaseUnavailable(
+                    raise type(error)(
                         f"{error}; tried for {self._patience_seconds:g} s; what was kept before stands"
                     ) from error
             else:
@@ -278,7 +295,7 @@ class Database:
             raise self._refused(error) from error
         if holder is not None:
             connection.close()
-            raise DatabaseUnavailable(
+            raise UsedElsewhere(
                 f"{self}: in use by {holder[0]} at {holder[1]}; one machine at a time: stop fedgrade there, or "
                 "wait two minutes if that machine is gone"
             )
@@ -286,6 +303,16 @@ class Database:
 
     def _refused(self, error: psycopg.Error) -> DatabaseUnavailable:
         return DatabaseUnavailable(f"{self}: {_reason(error)}")
+
+
+def opened(address: str, *, root: Path, federation: PublicKey, patience_seconds: float) -> Database:
+    """The database of ``federation`` at ``address``, used from the coordinator's folder ``root`` of this machine.
+
+    Raises:
+        DatabaseUnavailable: it cannot be used now, or another machine uses it.
+    """
+    schema = f"fedgrade_{''.join(federation.fingerprint.split())}"
+    return Database(address, schema=schema, machine=_machine(root), patience_seconds=patience_seconds)
 
 
 @contextmanager
@@ -297,8 +324,7 @@ def opened_mirror(address: str, *, root: Path, federation: PublicKey) -> Iterato
     Raises:
         DatabaseUnavailable: it cannot be used now, or another machine uses it.
     """
-    schema = f"fedgrade_{''.join(federation.fingerprint.split())}"
-    with Database(address, schema=schema, machine=_machine(root), patience_seconds=PATIENCE_SECONDS) as database:
+    with opened(address, root=root, federation=federation, patience_seconds=PATIENCE_SECONDS) as database:
         mirror = Mirror(database, root)
         database.prepare(mirror.in_folder)
         yield mirror

@@ -52,6 +52,7 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
     Raises:
         JobRefused: another process serves the folder.
         DeploymentFailed: a process did not start.
+        StoreUnavailable: another machine uses the folder's database.
     """
     folder = CoordinatorFolder(root=root)
     listen = Listen()
@@ -65,7 +66,7 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
         )
         bring_up_to_date(folder, now=datetime.now(UTC))
     # Held to the end: no other machine uses the database of a federation that is served here.
-    with folder.kept(), only_server(root), Deployment(root, listen=listen) as deployment:
+    with folder.held() as must_be_ours, only_server(root), Deployment(root, listen=listen) as deployment:
         if not folder.book.exists():
             LocalFederation(root=root).connect(deployment.address, deployment.authority)
         nodes, interrupted = _NodeList(deployment.control, folder), InterruptedRun(deployment.control, folder)
@@ -75,6 +76,7 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
             on_up(deployment.address, deployment.authority)
             processes = _Processes(deployment)
             while not stop.wait(_LOOK_SECONDS):
+                must_be_ours()
                 if not processes.alive():
                     continue
                 if processes.restarted():
