@@ -1,0 +1,147 @@
+"""What serves stays: processes that end are started again, what fails meanwhile is tried again, who follows is told."""
+
+import contextlib
+import socket
+import time
+
+import pytest
+
+from server import served_run
+from server.attached import only_server
+from server.control import ControlRefused
+from server.coordinator_folder import CoordinatorFolder
+from server.deployment import Deployment, DeploymentFailed
+from server.nodes_file import NAME, read_nodes
+from server.run_record import RunKeeper, note_given_up, order_stop, read_record
+from server.serving import _Certificates, _NodeList, _Processes
+from tests.federation.small_federation import NAMES, SmallFederation
+from tests.server.test_interrupted_run import planned
+
+PATIENCE = 60.0
+A = NAMES[0]
+
+
+class SuperLink:
+    """What a SuperLink answers on its admin listener after it was started again: it knows no run and no node."""
+
+    def __init__(self):
+        self.listed = {}
+
+    def status(self, run_id):
+        raise ControlRefused(f"SuperLink: no run {run_id}")
+
+    def unfinished(self):
+        return ()
+
+    def logs(self, _run_id):
+        return iter(())
+
+    def nodes(self):
+        return ()
+
+    def register_key(self, key, name):
+        self.listed[name] = key
+        return len(self.listed)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    federation = SmallFederation.create(tmp_path / "federation", names=NAMES[:1])
+    (federation.root / "sites" / A).mkdir(parents=True, exist_ok=True)
+    (federation.root / "sites" / A / "node_key.pub").write_text("a public key\n")
+    return CoordinatorFolder(root=federation.root)
+
+
+@pytest.fixture
+def where(folder):
+    """The folder of a job whose run began, and whose process was killed."""
+    RunKeeper(folder.job_folder(planned()), planned())
+    return folder.job_folder(planned())
+
+
+@pytest.mark.flower
+def test_a_superlink_that_cannot_be_started_again_is_tried_again_until_it_can(tmp_path, caplog):
+    with Deployment(tmp_path) as deployment:
+        processes = _Processes(deployment)
+        assert processes.alive()
+        assert not processes.restarted()
+        deployment.process("superlink").kill()
+        deployment.process("superlink").wait()
+        port = int(deployment.address.rpartition(":")[2])
+        with contextlib.closing(socket.socket()) as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+            # It has not lived long, so that the next one has to wait.
+            assert not processes.alive()
+            assert "started again in 1 s: superlink ended with code -9" in caplog.text
+            eventually(lambda: processes.alive() or "not started again, tried in 2 s" in caplog.text)
+            assert not processes.alive()
+        eventually(processes.alive)
+        assert processes.restarted()
+        assert not processes.restarted()
+        assert deployment.control.nodes() == ()
+
+
+def test_a_disk_that_is_full_is_waited_for_by_who_serves(folder, caplog):
+    superlink = SuperLink()
+    nodes = _NodeList(superlink, folder)
+    nodes.bring_up_to_date()
+    nodes.follow()
+    assert list(superlink.listed) == [A]
+    before = read_nodes(folder.root)
+    superlink.listed.clear()
+    nodes.forget()
+    # As where there is no room.
+    (folder.root / NAME).rename(folder.root / "before")
+    (folder.root / NAME).mkdir()
+    nodes.follow()
+    assert "enrolments not taken note of yet" in caplog.text
+    nodes.follow()
+    assert caplog.text.count("enrolments not taken note of yet") == 1
+    (folder.root / NAME).rmdir()
+    nodes._next = 0.0
+    nodes.follow()
+    assert read_nodes(folder.root) == before
+
+
+def test_certificates_for_which_there_is_no_room_are_renewed_a_minute_later(folder, caplog):
+    certificates = _Certificates(folder)
+    (folder.root / "superlink").write_bytes(b"")
+    certificates._next = 0.0
+    certificates.follow()
+    assert "certificates and bundle are as before" in caplog.text
+    assert 0 < certificates._next - time.monotonic() <= 60
+    (folder.root / "superlink").unlink()
+    certificates._next = 0.0
+    certificates.follow()
+    assert (folder.root / "superlink" / "ca.pem").exists()
+
+
+def follow(folder, where):
+    with only_server(folder.root):
+        served_run._follow(SuperLink(), 7, folder.root, where)
+
+
+def test_who_follows_a_run_that_nobody_takes_up_after_a_restart_is_told_in_one_line(folder, where, monkeypatch):
+    monkeypatch.setattr(served_run, "_TAKEN_UP_SECONDS", 0.0)
+    with pytest.raises(DeploymentFailed, match=r"run 7: its SuperLink was started again, .*nobody took the run up"):
+        follow(folder, where)
+
+
+def test_who_follows_a_run_is_told_that_it_was_given_up_or_stopped(folder, where):
+    record = read_record(where)
+    note_given_up(where, record, "its process died 3 times")
+    with pytest.raises(DeploymentFailed, match="run 7 failed: its process died 3 times; its checkpoint stands"):
+        follow(folder, where)
+    RunKeeper(where, planned())
+    order_stop(where, "by `fedgrade stop`")
+    with pytest.raises(DeploymentFailed, match="run 7 stopped: by `fedgrade stop`"):
+        follow(folder, where)
+
+
+def eventually(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
