@@ -12,6 +12,7 @@ from fedgrade.errors import FedgradeError
 from fedgrade.job import TrainingJob
 from server.app import RUN_DIRECTORY
 from server.attached import is_held
+from server.beside import Beside
 from server.control import Control
 from server.coordinator_folder import CoordinatorFolder
 from server.nodes_file import read_nodes, version
@@ -40,6 +41,8 @@ class InterruptedRun:
         self._not_before = 0.0
         self._job: TrainingJob | None = None
         self._seen: object = None
+        # To read a job is to solve its plan, which takes seconds in which revocations are to be taken note of.
+        self._beside = Beside("interrupted run")
 
     def restarted(self) -> None:
         """The SuperLink is another one, and the processes of the one before are gone."""
@@ -47,15 +50,20 @@ class InterruptedRun:
 
     def follow(self) -> None:
         """Look every other second; a run that is gone at two looks is submitted. What fails is tried again."""
-        if time.monotonic() < self._next:
+        if self._beside.busy or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _LOOK_SECONDS
         try:
-            # Whether there is a job at all is asked last: to read it is to solve its plan.
             gone = not is_held(self._folder.ledger) and self._any_open_record() and not self._control.unfinished()
             if gone and self._was_gone:
-                self._take_up()
+                self._beside.begin(self._try_to_take_up)
             self._was_gone = gone
+        except (FedgradeError, OSError) as error:
+            logger.warning("interrupted run not taken up yet: %s", error)
+
+    def _try_to_take_up(self) -> None:
+        try:
+            self._take_up()
         except (FedgradeError, OSError) as error:
             logger.warning("interrupted run not taken up yet: %s", error)
 

@@ -16,6 +16,7 @@ from typing import Final
 
 from fedgrade.errors import FedgradeError
 from server.attached import Listening, admin_authority, announced, only_server
+from server.beside import Beside
 from server.certificates import certify
 from server.control import Control
 from server.coordinator_file import NAME, read_settings
@@ -144,14 +145,19 @@ class _Certificates:
         self._folder = folder
         self._seen = version(folder.root / NAME)
         self._next = time.monotonic() + _RENEW_LOOK_SECONDS
+        # A database may be away for minutes, in which revocations are to be taken note of.
+        self._beside = Beside("certificates")
 
     def follow(self) -> None:
         """Look once an hour, or when ``coordinator.yaml`` was saved; what fails is tried a minute later."""
         settings = self._folder.root / NAME
-        if version(settings) == self._seen and time.monotonic() < self._next:
+        if self._beside.busy or (version(settings) == self._seen and time.monotonic() < self._next):
             return
         self._seen, self._next = version(settings), time.monotonic() + _RENEW_LOOK_SECONDS
-        now, superlink = datetime.now(UTC), self._folder.root / "superlink"
+        self._beside.begin(self._renew)
+
+    def _renew(self) -> None:
+        settings, superlink, now = self._folder.root / NAME, self._folder.root / "superlink", datetime.now(UTC)
         try:
             certify(admin_authority(self._folder.root).parent, [], now=now)
             if settings.exists():

@@ -92,6 +92,7 @@ def stop(folder):
 def look(run, times=2):
     for _ in range(times):
         run.follow()
+        run._beside.wait()
 
 
 @pytest.mark.usefixtures("where")

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import threading
 import time
 
 import pytest
@@ -110,12 +111,28 @@ def test_certificates_for_which_there_is_no_room_are_renewed_a_minute_later(fold
     (folder.root / "superlink").write_bytes(b"")
     certificates._next = 0.0
     certificates.follow()
+    certificates._beside.wait()
     assert "certificates and bundle are as before" in caplog.text
     assert 0 < certificates._next - time.monotonic() <= 60
     (folder.root / "superlink").unlink()
     certificates._next = 0.0
     certificates.follow()
+    certificates._beside.wait()
     assert (folder.root / "superlink" / "ca.pem").exists()
+
+
+def test_a_revocation_does_not_wait_for_certificates(folder, monkeypatch):
+    """As where bundle and certificates wait for a database that is away."""
+    back = threading.Event()
+    monkeypatch.setattr("server.serving.certify", lambda *_, **__: back.wait(PATIENCE))
+    certificates = _Certificates(folder)
+    certificates._next = 0.0
+    certificates.follow()
+    assert certificates._beside.busy
+    certificates.follow()
+    back.set()
+    certificates._beside.wait()
+    assert not certificates._beside.busy
 
 
 def follow(folder, where):
