@@ -83,8 +83,11 @@ def resume_served(console: Console, root: Path, *, patience: Patience) -> None:
             going = ()
         if not going and not wait_for_end(folder.ledger):
             raise JobRefused(f"{root}: the process of the run before has not ended yet; try again in a minute")
+        record = read_record(folder.job_folder(job))
         let_go_on(folder.job_folder(job), on=bool(going))
         _to_its_end(console, control, going[0] if going else _submitted(control, root), folder, job)
+    if record is not None and record.outcome == "released":
+        console.print("This job was released before; nobody was asked again.")
     _tell(console, folder, job)
 
 

@@ -218,6 +218,7 @@ def test_a_partner_that_is_revoked_in_mid_run_is_refused_and_a_model_comes_of_it
     assert "model release" in typed("resume", federation.coordinator)
     assert (lines()[-1]["stage"], lines()[-1]["answered"]) == (stages, 1)
     assert re.search(rf"{stages} of {stages} +released", typed("runs", federation.coordinator))
+    assert "nobody was asked again" in typed("resume", federation.coordinator)
     assert federation.online() == {STAYS}
     assert "refused" in typed("site", "status", federation.site_file(GONE))
     proof = federation.verified()
