@@ -9,6 +9,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
+PYTEST := $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+COVERING := $(addprefix tests/,trust privacy federation flow aggregation clients report)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check browser postgres bench soak clean
 # Targets share one environment and two processors.
@@ -22,10 +25,11 @@ demo: $(DEMO)  ## Five recyclers train one model on real photos, privately; ARGS
 	$(BIN)/fedgrade demo $(ARGS)
 
 # A file's tests share what their module sets up, so a file stays with one process; more than four only wait for memory.
-test: check browser postgres  ## Everything that must hold: make check, then all tests but the slow ones, with coverage
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
+# Coverage counts, and slows down, only the tests of the rooms that must be covered.
+test: check browser postgres  ## Everything that must hold: make check, then all tests but the slow ones
+	$(PYTEST) $(COVERING) --cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
 		--cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
+	$(PYTEST) tests $(addprefix --ignore=,$(COVERING)) $(ARGS)
 
 check: $(DEV)  ## Style, types and the order of imports
 	$(BIN)/ruff check .

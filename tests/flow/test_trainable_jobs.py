@@ -30,8 +30,8 @@ MODELS = [
 POLICY_OF_NETWORKS = replace(POLICY, modes=("local", "local_sgd"), backbones=(MODEL.backbone, NETWORK.backbone))
 
 
-# The adapter takes longest, and shares its path with the head: make soak runs it.
-SLOW = {"adapter": pytest.mark.slow}
+# These take longest; norms go the way of the network's photos and of the adapter's change. make soak runs them.
+SLOW = {"adapter": pytest.mark.slow, "network": pytest.mark.slow}
 
 
 @pytest.mark.parametrize(

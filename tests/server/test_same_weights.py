@@ -127,6 +127,8 @@ def test_a_secure_sum_in_flower_s_simulation_engine_ends_with_the_same_weights_t
     assert simulated.counts == reference.counts
 
 
+# The secure sum below goes the same way, and further.
+@pytest.mark.slow
 def test_a_deployment_over_tls_ends_with_the_same_weights(deployment, in_process):
     federation, running = deployment
     job, reference = in_process

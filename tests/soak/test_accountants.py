@@ -51,7 +51,11 @@ def not_far_above(losses, *, epsilon, delta):
     assert epsilon <= 0 or max(one.mean + ERRORS * one.error for one in found) >= float(delta), (epsilon, found)
 
 
-@pytest.mark.parametrize(("rate", "noise", "steps", "printed"), GOLDEN)
+def slow(row):
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "printed"), [*GOLDEN[:3], *map(slow, GOLDEN[3:])])
 def test_chance_agrees_with_the_golden_table(rate, noise, steps, printed):
     delta = Fraction(1, 10**5)
     losses = estimates(sampled_gaussian(float(rate), float(noise)), steps=steps, epsilon=printed, seed=steps)
