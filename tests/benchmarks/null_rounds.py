@@ -24,8 +24,9 @@ from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import StartRunRequest
 
 from fedgrade.trust.identity import site_id
+from server import control as control_module
 from server.certificates import certify, create_node_key
-from server.control import Control, _build
+from server.control import Control
 from server.deployment import Deployment, _free_ports
 from server.superlink import QUIET
 
@@ -36,34 +37,6 @@ NVFLARE: Final = "nvflare==2.9.0"
 SIZES: Final = {"1e3": 1_000, "1e6": 1_000_000, "2.5e7 (100 MB)": 25_000_000}
 ROUNDS: Final = {"fedgrade": (30, 20, 4), "Flower": (6, 5, 3), "NVFlare": (12, 8, 4)}
 TURNS: Final = 2
-_PROJECT: Final = """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "null-rounds"
-version = "1.0.0"
-description = "Rounds without work"
-license = {{ file = "LICENSE" }}
-dependencies = ["flwr>=1.41,<1.42"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["."]
-
-[tool.flwr.app]
-publisher = "fedgrade"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-
-[tool.flwr.app.components]
-serverapp = "{server}:app"
-clientapp = "stock_client:app"
-
-[tool.flwr.app.config]
-parameters = 0
-rounds = 0
-stamps = ""
-"""
 
 
 def null_rounds(*, cache: Path) -> str:
@@ -111,7 +84,7 @@ def _fedgrade(parameters: int, rounds: int) -> list[float]:
 
 def _flower(parameters: int, rounds: int) -> list[float]:
     with _folder() as folder, contextlib.ExitStack() as stack:
-        files = certify(folder / "superlink", [], now=datetime.now(UTC))
+        files = certify(folder / "superlink", ["127.0.0.1"], now=datetime.now(UTC))
         (port, *ports) = _free_ports(NODES + 1)
         address, programs = f"127.0.0.1:{port}", Path(sysconfig.get_path("scripts"))
         path = f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -171,15 +144,22 @@ def _nvflare(folder: Path) -> Path:
 
 def _timed(control: Control, server: str, folder: Path, parameters: int, rounds: int) -> list[float]:
     """Seconds of each round but the first of a run whose program is ``server``."""
+    project = control_module._BUNDLE["pyproject.toml"]
+    for old, new in (
+        ("run_of_fedgrade", server),
+        ("site_of_fedgrade", "stock_client"),
+        ('run-directory = ""', 'parameters = 0\nrounds = 0\nstamps = ""'),
+    ):
+        project = project.replace(old.encode(), new.encode())
     files = {
-        "pyproject.toml": _PROJECT.format(server=server).encode(),
-        "LICENSE": b"SPDX-License-Identifier: Apache-2.0\n",
+        "pyproject.toml": project,
+        "LICENSE": control_module._BUNDLE["LICENSE"],
         **{f"{name}.py": (PEERS / f"{name}.py").read_bytes() for name in (server, "stock_client")},
     }
     stamps = folder / "stamps.json"
     config = {"parameters": parameters, "rounds": rounds, "stamps": str(stamps)}
     request = StartRunRequest(
-        fab=fab_to_proto(_build(files)), override_config=user_config_to_proto(config), federation=""
+        fab=fab_to_proto(control_module._build(files)), override_config=user_config_to_proto(config), federation=""
     )
     run = int(control._client.StartRun(request).run_id)
     _until(lambda: control.status(run).finished, seconds=1200)
