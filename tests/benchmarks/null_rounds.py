@@ -65,8 +65,8 @@ def _table(seconds: Mapping[tuple[str, str], list[float]], names: list[str]) -> 
             cells.append(f"**{statistics.median(found):.2f}** ({min(found):.2f} to {max(found):.2f}, {len(found)})")
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     said = (
-        f"Seconds a round: **median** (least to most, rounds counted). {NODES} nodes; turns of each: {TURNS}, the first "
-        "round of each left out. Both SuperLinks keep their state in memory."
+        f"Seconds a round: **median** (least to most, rounds counted). {NODES} nodes; turns of each: {TURNS}, the "
+        "first round of each left out. Both SuperLinks keep their state in memory."
     )
     return [*lines, "", said]
 
