@@ -16,7 +16,8 @@ from fedgrade.data.photos import PhotoLimits, open_photo
 from fedgrade.errors import DataRefused
 from fedgrade.model.preprocessing import prepare
 from fedgrade.model.views import seen
-from tests.federation.small_federation import MODEL, write_photos
+from tests.federation.small_federation import MODEL
+from tests.federation.small_photos import write_photos
 
 EXAMPLE = Path(configure.__file__).parent / "site.example.yaml"
 ADAPTER = replace(MODEL, input_size=64, trainable="adapter", views=("upright", "flip_horizontal", "rotate_180"))

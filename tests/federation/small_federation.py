@@ -1,11 +1,5 @@
-"""A small federation of real parts: photos on disk, ledgers, keys, sites and a coordinator, in one process.
+"""A small federation of real parts: photos on disk, ledgers, keys, sites and a coordinator, in one process."""
 
-The photos are generated, because what is under test is the machinery; nothing here measures quality. The extractor is
-a fixed random projection of a photo's pixels: real and deterministic, and it needs no network.
-"""
-
-import hashlib
-import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,11 +11,9 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fedgrade.aggregation.mean import AggregationSpec
-from fedgrade.data.manifest import Photo, Provenance, Split, write_manifest
-from fedgrade.data.photos import PhotoLimits, open_photo, verify_photos
+from fedgrade.data.manifest import write_manifest
 from fedgrade.federation.approvals import Approvals
 from fedgrade.federation.charging import Charging
 from fedgrade.federation.holdings import CohortData, PhotoFeatures, SiteData
@@ -47,25 +39,17 @@ from fedgrade.federation.rounds import Coordinator, Progress, RoundLog, run_job
 from fedgrade.federation.site import Site, SiteIdentity
 from fedgrade.federation.store import Folder, RunStore
 from fedgrade.federation.witness import Witness
-from fedgrade.grading import GradeScale
 from fedgrade.job import DataSpec, JobSpec, TrainingJob, plan_job
-from fedgrade.model.compute import Compute
-from fedgrade.model.preprocessing import prepare
-from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec, View
-from fedgrade.model.views import seen
+from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, ModelSpec
 from fedgrade.privacy.plan import DistributedSpec, LocalSgdSpec, LocalSpec, calibrate
 from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import Roster, SigningKey, SiteId, site_id
 from fedgrade.trust.ledger import Entry, LedgerWriter, read_ledger
 from fedgrade.trust.records import Reserve
+from tests.federation.small_photos import SCALE, ProjectedPhotos, write_photos
 
-PIXELS = 8
-ITEMS = 16  # of a site, half of them held out
 DECLARED = 8
-SCALE = GradeScale(
-    name="three", labels=("A", "B", "C"), critical=("C",), cost=((0.0, 1.0, 2.0), (1.0, 0.0, 1.0), (4.0, 2.0, 0.0))
-)
 MODEL = ModelSpec(
     backbone="tf_efficientnet_lite0", input_size=224, pooling=("average",), weights_digest=LITE0_WEIGHTS_DIGEST
 )
@@ -127,74 +111,6 @@ class Clock:
     def __call__(self) -> datetime:
         self._asked += 1
         return FIRST + timedelta(seconds=self._asked)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectedPhotos:
-    """Photos of one folder; their features are a fixed random projection of their pixels."""
-
-    root: Path
-    opened: list[str] = field(default_factory=list)
-
-    def prepare(self, model: ModelSpec, photos: Sequence[Photo]) -> None:
-        verify_photos(photos, self.root, PhotoLimits())
-        self.features(model, photos, "upright")
-
-    @property
-    def compute(self) -> Compute:
-        return Compute(device="cpu", threads=1)
-
-    def features(self, model: ModelSpec, photos: Sequence[Photo], view: View) -> np.ndarray:
-        self.opened.extend(photo.path for photo in photos)
-        pixels = [seen(open_photo(self.root, photo, PhotoLimits())[:, :, 0], view).ravel() for photo in photos]
-        rows = np.array(pixels, dtype=np.float32).reshape(len(photos), PIXELS * PIXELS)
-        # One photo at a time: the last bits of a product of matrices depend on how many rows there are.
-        return np.array([row @ projection(model.feature_dimensions) for row in rows])
-
-    def inputs(self, model: ModelSpec, photos: Sequence[Photo]) -> np.ndarray:
-        self.opened.extend(photo.path for photo in photos)
-        images = [open_photo(self.root, photo, PhotoLimits()) for photo in photos]
-        return np.stack([prepare(image, model.input_size) for image in images])
-
-
-@cache
-def projection(dimensions: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(PIXELS * PIXELS, dimensions)).astype(np.float32)
-
-
-def photo_bytes(grade: int, seed: int) -> bytes:
-    """A PNG whose bright third is its grade, under a little noise."""
-    pixels = np.random.default_rng(seed).integers(0, 40, (PIXELS, PIXELS), dtype=np.uint8)
-    third = PIXELS // 3
-    pixels[:, grade * third : (grade + 1) * third] += 180
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_photos(root: Path, *, first: int, items: int = ITEMS) -> list[Photo]:
-    """``items`` items below ``root``, half of them held out; every third has two photos."""
-    root.mkdir(parents=True)
-    photos = []
-    for number in range(first, first + items):
-        grade, split = number % SCALE.grades, Split.TRAIN if number % 4 < 2 else Split.TEST
-        for view in range(2 if number % 3 == 0 else 1):
-            raw, name = photo_bytes(grade, 2 * number + view), f"{number:04d}-{view}.png"
-            (root / name).write_bytes(raw)
-            photos.append(
-                Photo(
-                    path=name,
-                    digest=hashlib.sha256(raw).hexdigest(),
-                    item=f"item-{number:04d}",
-                    source=f"source-{number:04d}",
-                    grade=SCALE.labels[grade],
-                    split=split,
-                    provenance=Provenance.REAL,
-                    licence="own",
-                    origin="generated for a test",
-                )
-            )
-    return photos
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from clients.settings import CohortSettings, LinkSettings, SiteFolder, SiteSetti
 from fedgrade.data.manifest import Split, read_manifest, write_manifest
 from fedgrade.errors import DataRefused
 from fedgrade.federation.messages import Admitted, Refusal
-from tests.federation.small_federation import MODEL, NAMES, SCALE, ask, photo_bytes
+from tests.federation.small_federation import MODEL, NAMES, SCALE, ask
+from tests.federation.small_photos import photo_bytes
 
 SITE = NAMES[0]
 

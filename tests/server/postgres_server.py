@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psycopg
 
+from server.database import Database
+
 PASSWORD = "right"  # noqa: S105 - of a server that lives for a minute
 _START_SECONDS = 30.0
 # Safe only because nothing is to be kept: tests kill the server, never the machine.
@@ -133,3 +135,10 @@ def postgres_cluster(bin_folder: Path) -> Iterator[Cluster]:
     finally:
         cluster.stop()
         shutil.rmtree(folder)
+
+
+@contextmanager
+def opened(address, *, schema="laws", machine="one", patience_seconds=0.0):
+    with Database(address, schema=schema, machine=machine, patience_seconds=patience_seconds) as database:
+        database.prepare(dict[str, bytes]().items)
+        yield database
