@@ -26,7 +26,7 @@ from fedgrade.federation import releases  # noqa: E402
 from fedgrade.federation.site import Site  # noqa: E402
 from fedgrade.trust.identity import SigningKey, read_roster, site_id  # noqa: E402
 from tests.faults.policies import PATIENT  # noqa: E402
-from tests.faults.steps import SITE_STEPS, SUM_SITE_STEPS, Wires  # noqa: E402
+from tests.faults.steps import BEGINNING, SITE_STEPS, SUM_SITE_STEPS, Wires  # noqa: E402
 from tests.federation.small_federation import SmallFederation, calibrate_once, zeros  # noqa: E402
 
 RESTART_SECONDS = 0.2
@@ -35,7 +35,12 @@ logger = logging.getLogger(__name__)
 
 def keep_place(wires):
     """Have ``wires`` know which part of a job is asked for."""
-    contribute, commit = Site._contribute, Site._commit
+    admit, contribute, commit = Site._admit, Site._contribute, Site._commit
+
+    def admit_in_place(self, *arguments):
+        # A process that lives on is still where the last job ended.
+        wires.place = BEGINNING
+        return admit(self, *arguments)
 
     def contribute_in_place(self, request, body, *arguments):
         wires.place = body.purpose, body.round_index
@@ -46,7 +51,7 @@ def keep_place(wires):
         wires.place = task.purpose, task.round_index
         return commit(self, job_digest, body, *arguments)
 
-    Site._contribute, Site._commit = contribute_in_place, commit_in_place
+    Site._admit, Site._contribute, Site._commit = admit_in_place, contribute_in_place, commit_in_place
 
 
 def live(name):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+# Where in a job a process is, purpose and round, before anything is asked of it.
+BEGINNING: tuple[str, int] = ("admission", 0)
 # In the environment of every process of one federation: its folder.
 MARK = "FEDGRADE_FAULTS"
 RUN = "run"  # the ServerApp's process; sites go by their names
@@ -128,7 +130,7 @@ class Wires:
     """The wires of this process, which is ``process`` of the federation in ``folder``."""
 
     def __init__(self, folder: Path, process: str, sites: tuple[str, ...]) -> None:
-        self.place: tuple[str, int] = ("admission", 0)
+        self.place = BEGINNING
         self._folder = folder
         self._process = process
         self._sites = sites

@@ -12,6 +12,7 @@ import pytest
 from tests.faults.policies import plain, recovering, summed
 from tests.faults.served import Served
 from tests.faults.steps import (
+    BEGINNING,
     RUN,
     RUN_STEPS,
     SERVE,
@@ -31,8 +32,8 @@ PLAIN, SUMMED, RECOVERING = plain(len(SITES)), summed(len(SITES)), recovering(le
 COORDINATORS = (RUN, SUPERLINK, SUPEREXEC, SERVE)
 DEADLINE_SECONDS = 90.0
 # Where these steps are: everything else happens in the first training round.
-ADMISSION, CENTRE, FIRST, LAST = ("admission", 0), ("centre", 0), ("train", 0), ("evaluate", 0)
-PLACES = {"shown the job": ADMISSION, "admitted it": ADMISSION, "model written": LAST, "model in the ledger": LAST}
+FIRST, LAST = ("train", 0), ("evaluate", 0)
+PLACES = {"shown the job": BEGINNING, "admitted it": BEGINNING, "model written": LAST, "model in the ledger": LAST}
 # The charge is on disk and the reply is not: the next attempt is charged again. Where masks, or votes, are everybody's,
 # it is charged by everybody.
 LOST_REPLIES = {"charged", "committed to its ledger", "masked", "voted"}
