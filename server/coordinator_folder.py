@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedgrade.errors import JobRefused
+from fedgrade.errors import DocumentRefused, JobRefused, SignatureRefused
 from fedgrade.federation.store import Documents, Folder
 from fedgrade.job import TrainingJob
-from fedgrade.trust.canonical import decode, encode
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
 from server.coordinator_file import FILES, NAME, read_settings
@@ -152,8 +151,9 @@ class CoordinatorFolder:
 
     def put_job(self, job: TrainingJob, patience: Patience = Patience()) -> None:
         """Seal ``job`` and make it the one that is on, with so much ``patience``."""
+        key = SigningKey.load(self.key)
         with self.kept() as kept:
-            kept.write({_PATIENCE: encode(patience), _JOB: seal(job, SigningKey.load(self.key))})
+            kept.write({_PATIENCE: seal(patience, key), _JOB: seal(job, key)})
         self.progress.write_bytes(b"")
 
     def read_job(self) -> TrainingJob:
@@ -171,14 +171,21 @@ class CoordinatorFolder:
     def put_patience(self, patience: Patience) -> None:
         """Let the next process that runs the job have this ``patience``."""
         with self.kept() as kept:
-            kept.write({_PATIENCE: encode(patience)})
+            kept.write({_PATIENCE: seal(patience, SigningKey.load(self.key))})
 
     def read_patience(self) -> Patience:
         """How long the run that is on waits.
 
         Raises:
-            DocumentRefused: the file is damaged.
+            SignatureRefused: it is not what this coordinator signed.
         """
         if not self.patience.exists():
             return Patience()
-        return decode(Patience, self.patience.read_bytes(), what=f"patience {self.patience}")
+        key = SigningKey.load(self.key).public
+        try:
+            return open_sealed(self.patience.read_bytes(), as_=Patience, signed_by=key, what="patience")
+        except (DocumentRefused, SignatureRefused) as error:
+            raise SignatureRefused(
+                f"{self.patience}: was not signed by this coordinator ({key.fingerprint}), and nobody is asked by it; "
+                f"`fedgrade resume` writes it anew ({error})"
+            ) from error

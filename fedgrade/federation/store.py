@@ -1,8 +1,8 @@
 """What a coordinator keeps of its runs: a checkpoint after every stage, receipts, what was measured, the release.
 
 A crash loses at most the stage that was open; asking for it again costs sites nothing, because they resend. Where it is
-kept is given in: :class:`Folder` is a folder on disk, server/database.py a database, whose owner has no key. A
-checkpoint is signed by the coordinator: nobody else says what a run goes on from.
+kept is given in: :class:`Folder` is a folder on disk, server/database.py a database, whose owner has no key. Both
+checkpoints and begun attempts are signed by the coordinator: nobody else says what a run goes on from.
 """
 
 import os
@@ -18,11 +18,11 @@ import numpy.typing as npt
 from fedgrade.aggregation.mean import ServerState
 from fedgrade.aggregation.secure_sum.documents import SumTerms
 from fedgrade.aggregation.secure_sum.evidence import SumEvidence
-from fedgrade.errors import DocumentRefused, ModelRefused, StoreUnavailable
+from fedgrade.errors import DocumentRefused, ModelRefused, SignatureRefused, StoreUnavailable
 from fedgrade.evaluation import ConfusionCounts
 from fedgrade.job import TrainingJob
 from fedgrade.model.weights import read_weights, write_weights
-from fedgrade.trust.canonical import decode, digest, encode
+from fedgrade.trust.canonical import digest, encode
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.records import Purpose, RoundClosed
@@ -184,7 +184,7 @@ class RunStore:
     """What a coordinator keeps of one run."""
 
     def __init__(self, documents: Documents, *, key: SigningKey) -> None:
-        """What ``documents`` hold of it; checkpoints are signed with the coordinator's ``key``."""
+        """What ``documents`` hold of it; what a run goes on from is signed with the coordinator's ``key``."""
         self._documents = documents
         self._key = key
         self._pending: dict[str, bytes | None] | None = None
@@ -266,18 +266,24 @@ class RunStore:
 
     def keep_sum(self, begun: BegunSum) -> None:
         """Store the attempt that sites are about to charge for; it takes the place of the one before."""
-        self._write({_SUM: encode(begun)})
+        self._write({_SUM: seal(begun, self._key)})
 
     def begun_sum(self, job: TrainingJob, *, purpose: Purpose, round_index: int) -> BegunSum | None:
         """The attempt that was begun at this place of ``job``, if any was.
 
         Raises:
-            DocumentRefused: it is damaged.
+            SignatureRefused: it is not what this coordinator signed.
         """
-        raw = self._documents.read(_SUM)
+        where, raw = self._documents.where(_SUM), self._documents.read(_SUM)
         if raw is None:
             return None
-        begun = decode(BegunSum, raw, what=f"attempt {self._documents.where(_SUM)}")
+        try:
+            begun = open_sealed(raw, as_=BegunSum, signed_by=self._key.public, what="attempt")
+        except (DocumentRefused, SignatureRefused) as error:
+            raise SignatureRefused(
+                f"attempt {where}: was not signed by this coordinator ({self._key.public.fingerprint}), and nobody is "
+                f"asked by it; restore the newest copy that was, or start another job ({error})"
+            ) from error
         task = begun.terms.task
         return begun if (task.job, task.purpose, task.round_index) == (job.digest, purpose, round_index) else None
 

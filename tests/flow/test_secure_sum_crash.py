@@ -5,11 +5,15 @@ What sites may have charged for is on disk before they are asked, so that a new 
 
 import pytest
 
+from fedgrade.errors import SignatureRefused
 from fedgrade.federation import rounds
 from fedgrade.federation.messages import CommitRequest, ContributeRequest, RevealRequest, VoteRequest
 from fedgrade.federation.rounds import RoundLog
 from fedgrade.federation.store import RunStore
 from fedgrade.federation.verification import verify_federation
+from fedgrade.trust.canonical import encode
+from fedgrade.trust.envelope import seal
+from fedgrade.trust.identity import SigningKey
 from tests.federation.small_federation import NAMES, SmallFederation
 from tests.federation.sum_partners import FIVE, Noted, Partners, Wire, at, paid, summing
 from tests.flow.test_coordinator_crash import PowerCut, power_cut
@@ -174,4 +178,30 @@ def test_a_begun_attempt_whose_commitments_verify_no_more_is_given_up(three):
     federation.store(job).keep_sum(type(begun)(terms=begun.terms, commitments=forged))
     noted = finished(three, job, Wire(three))
     assert noted.gathered[0][0] == ("train", 0, 1)
+    assert [paid(federation, site) for site in NAMES] == [EACH_ONCE] * 3
+
+
+def by_nobody(begun):
+    return encode(begun)
+
+
+def by_another_key(begun):
+    return seal(begun, SigningKey.generate())
+
+
+@pytest.mark.parametrize("forge", [by_nobody, by_another_key])
+def test_a_begun_attempt_that_the_coordinator_did_not_sign_is_refused_and_nobody_pays_for_it(three, forge):
+    federation = three.federation
+    job = federation.job(ONE_ROUND)
+    with power_cut(RunStore, "keep_sum", COMMITTED, after=True):
+        federation.run(job, Wire(three))
+    begun = federation.store(job).begun_sum(job, purpose="train", round_index=0)
+    kept = federation.root / "jobs" / job.digest[:16] / "checkpoint" / "sum.json"
+    signed, before = kept.read_bytes(), [paid(federation, site) for site in NAMES]
+    kept.write_bytes(forge(begun))
+    with pytest.raises(SignatureRefused, match=r"attempt .*sum\.json: was not signed by this coordinator"):
+        federation.run(job, Wire(three))
+    assert [paid(federation, site) for site in NAMES] == before
+    kept.write_bytes(signed)
+    finished(three, job, Wire(three))
     assert [paid(federation, site) for site in NAMES] == [EACH_ONCE] * 3

@@ -2,13 +2,17 @@
 
 import pytest
 
-from fedgrade.errors import DocumentRefused, JobRefused
+from fedgrade.errors import JobRefused, SignatureRefused
+from fedgrade.trust.canonical import encode
+from fedgrade.trust.envelope import seal
+from fedgrade.trust.identity import SigningKey
 from server.coordinator_folder import CoordinatorFolder, Patience
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "coordinator").mkdir()
+    SigningKey.generate().save(tmp_path / "coordinator" / "key.pem")
     return CoordinatorFolder(root=tmp_path)
 
 
@@ -25,7 +29,19 @@ def test_impossible_patience_is_refused(values):
         Patience(**values)
 
 
-def test_a_damaged_file_is_named(folder):
-    folder.patience.write_text('{"deadline": 5}')
-    with pytest.raises(DocumentRefused, match=r"patience\.json"):
+FOREVER = Patience(deadline_seconds=1e9, admission_seconds=1e9)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [encode(FOREVER), seal(FOREVER, SigningKey.generate()), b'{"deadline": 5}', b""],
+    ids=["unsigned", "by another key", "damaged", "empty"],
+)
+def test_patience_that_the_coordinator_did_not_sign_is_refused_until_resume_writes_it_anew(folder, raw):
+    folder.patience.write_bytes(raw)
+    with pytest.raises(
+        SignatureRefused, match=r"patience\.json: was not signed by this coordinator .*`fedgrade resume`"
+    ):
         folder.read_patience()
+    folder.put_patience(Patience(deadline_seconds=30.0))
+    assert folder.read_patience() == Patience(deadline_seconds=30.0)
