@@ -30,7 +30,7 @@ SITES = FIVE[:4]  # the fewest of which a sum may do without one
 SITE, OTHER = SITES[0], SITES[1]
 PLAIN, SUMMED, RECOVERING = plain(len(SITES)), summed(len(SITES)), recovering(len(SITES))
 COORDINATORS = (RUN, SUPERLINK, SUPEREXEC, SERVE)
-DEADLINE_SECONDS = 90.0
+DEADLINE_SECONDS = 30.0
 # Where these steps are: everything else happens in the first training round.
 FIRST, LAST = ("train", 0), ("evaluate", 0)
 PLACES = {"shown the job": BEGINNING, "admitted it": BEGINNING, "model written": LAST, "model in the ledger": LAST}
