@@ -66,6 +66,8 @@ def up(site_file: Path) -> None:
         undelivered=lambda: partner.undelivered,
     )
     with charging, AgentServer(gate, settings.socket, words=words, on_delivered=partner.delivered):
+        # Once more: whoever left while the site was opened found nobody at the socket to tell.
+        require_not_left(settings)
         threading.Thread(target=_stop_when_drained, args=(gate, stop), daemon=True).start()
         serve(where, gate.answer, stop=stop, on_state=link.write, on_delivered=partner.delivered)
 

@@ -132,6 +132,11 @@ def join(bundle: Path, site_file: Path, fingerprint: str | None) -> None:
             click.echo(f"{what}: {site}" + (f"  {roster.sites[site].fingerprint}" if site in roster.sites else ""))
     if joined.moved:
         click.echo("The coordinator's address or authority is another one now.")
+    if joined.came_back:
+        click.echo(
+            "This site had left. It belongs to the coordinator again: its leave notice is gone from here. If you sent "
+            "it, send a new join request after it (`fedgrade site request`); to stay away, `fedgrade site leave` again."
+        )
     click.echo(
         f"Start the node with `fedgrade site up {site_file}`; one that runs takes note by itself, within seconds."
     )

@@ -46,12 +46,14 @@ class Joined:
         arrived: sites that the roster held before did not name.
         left: sites that it named and the new one does not.
         moved: whether the coordinator's address or authority is another one than before.
+        came_back: whether the site had left, and its leave notice was taken away.
     """
 
     bundle: JoinBundle
     arrived: tuple[SiteId, ...]
     left: tuple[SiteId, ...]
     moved: bool
+    came_back: bool
 
 
 def create_site(folder: Path, site: SiteValues, policy: PolicyValues, *, now: datetime) -> JoinRequest:
@@ -142,13 +144,14 @@ def join(site_file: Path, raw: bytes, *, approve: Callable[[PublicKey], None]) -
     write_durably(site.path(site.settings.roster), encode(bundle.roster))
     # Last: as long as it is missing, the same bundle is taken again.
     write_durably(site.path(BUNDLE), raw)
-    take_back(site)
+    came_back = take_back(site)
     known = before.sites if before else {}
     return Joined(
         bundle=bundle,
         arrived=tuple(sorted(bundle.roster.sites.keys() - known.keys())),
         left=tuple(sorted(known.keys() - bundle.roster.sites.keys())),
         moved=moved,
+        came_back=came_back,
     )
 
 

@@ -43,13 +43,12 @@ def leave(site_file: Path, *, even_so: bool, yes: bool) -> None:
     )
     if not yes:
         click.confirm("Leave?", abort=True)
-    if listens(site.socket):
-        with AgentClient(site.socket) as client:
-            client.leave(even_so=even_so)
-        _wait_for_end(site)
+    _end_node(site, even_so=even_so)
     # Once more: the last answer may have been under way.
     _require_delivered(site, even_so=even_so)
     notice = write_notice(site, now=datetime.now(UTC))
+    # Of a node that was being started, and looked for the notice before it was there.
+    _end_node(site, even_so=True)
     click.echo(f"Send {notice_file(site)} to the coordinator, who gives it to `fedgrade revoke --notice`.")
     click.echo(f"It is signed by {notice.key.fingerprint} and holds nothing secret.")
 
@@ -60,6 +59,13 @@ def _require_delivered(site: "SiteFolder", *, even_so: bool) -> None:
     waiting = Outbox(site.path(site.settings.outbox)).undelivered
     if waiting and not even_so:
         raise LeaveRefused(undelivered_words(waiting))
+
+
+def _end_node(site: "SiteFolder", *, even_so: bool) -> None:
+    if listens(site.socket):
+        with AgentClient(site.socket) as client:
+            client.leave(even_so=even_so)
+        _wait_for_end(site)
 
 
 def _wait_for_end(site: "SiteFolder") -> None:

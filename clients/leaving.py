@@ -49,9 +49,11 @@ def require_not_left(site: SiteFolder) -> None:
         )
 
 
-def take_back(site: SiteFolder) -> None:
-    """``site`` belongs to a coordinator again."""
+def take_back(site: SiteFolder) -> bool:
+    """Let ``site`` belong to a coordinator; whether it had left."""
+    had_left = notice_file(site).exists()
     notice_file(site).unlink(missing_ok=True)
+    return had_left
 
 
 def notice_file(site: SiteFolder) -> Path:

@@ -43,12 +43,13 @@ class NewestLink:
 
 
 def by_newest_roster(site: SiteFolder, take: Callable[[Roster], None], answer: Answer) -> Answer:
-    """``answer``, before which ``take`` is given the roster whenever its file changed.
+    """``answer``, before which ``take`` is given the roster: for the first request, and whenever its file changed.
 
     As with a policy, while it cannot be read or taken nothing is answered.
     """
     path = site.path(site.settings.roster)
-    seen = [version(path)]
+    # For the first request too: to open a site takes seconds, in which a newer bundle may have been taken.
+    seen: list[tuple[int, int, int] | None] = [None]
 
     def answered(request: bytes) -> bytes:
         now = version(path)
@@ -58,7 +59,8 @@ def by_newest_roster(site: SiteFolder, take: Callable[[Roster], None], answer: A
             except FedgradeError as error:
                 logger.error("nothing is answered until the roster can be taken: %s", error)  # noqa: TRY400 -- a line
                 raise MessageRefused("this site's roster cannot be taken; its own operator can see why") from error
-            logger.info("roster %s: taken", path)
+            if seen[0] is not None:
+                logger.info("roster %s: taken", path)
             seen[0] = now
         return answer(request)
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from clients.commands import site as commands
 from clients.joining import BUNDLE, REQUEST, create_site, join, request_to_join, with_address
+from clients.leaving import leave, require_not_left
 from clients.node_key import load_node_key
 from clients.settings import read_site
 from clients.templates import PolicyValues, SiteValues
@@ -81,7 +82,11 @@ def authority(tmp_path_factory):
 
 @pytest.fixture
 def bundle(partner, authority):
-    own = read_request((partner.parent / REQUEST).read_bytes())
+    return bundle_of(read_request((partner.parent / REQUEST).read_bytes()), authority)
+
+
+def bundle_of(own, authority):
+    """A bundle that names the site of the request ``own``, and a second one."""
     return JoinBundle(
         sequence=2,
         issued=utc_text(NOW),
@@ -186,6 +191,30 @@ def test_a_later_bundle_says_who_is_new_and_who_left(partner, bundle):
 def test_the_same_bundle_may_be_taken_twice(partner, bundle):
     taken(partner, bundle)
     assert taken(partner, bundle).arrived == ()
+
+
+def test_a_site_that_had_left_is_told_that_it_is_back_and_what_becomes_of_its_notice(partner, bundle, tmp_path):
+    (tmp_path / "bundle.json").write_bytes(write_bundle(bundle, COORDINATOR))
+    arguments = ["join", str(tmp_path / "bundle.json"), str(partner)]
+    first = CliRunner().invoke(commands, [*arguments, "--fingerprint", COORDINATOR.public.fingerprint])
+    assert first.exit_code == 0, first.output
+    assert "had left" not in first.output
+    site = read_site(partner)
+    leave(site, now=NOW)
+    # The bundle that it had when it left, put back.
+    again = CliRunner().invoke(commands, arguments)
+    assert again.exit_code == 0, again.output
+    assert "This site had left. It belongs to the coordinator again: its leave notice is gone" in again.output
+    assert "send a new join request" in again.output
+    require_not_left(site)
+    assert "had left" not in CliRunner().invoke(commands, arguments).output
+
+
+@pytest.mark.parametrize("changes", [{"sequence": 1}, {"address": "evil.example:1"}])
+def test_an_older_bundle_does_not_bring_back_a_site_that_left(partner, bundle, changes):
+    taken(partner, bundle)
+    leave(read_site(partner), now=NOW)
+    refused(partner, replace(bundle, **changes), DocumentRefused, "this site has number 2")
 
 
 def test_an_interrupted_join_is_finished_by_the_same_bundle(partner, bundle):

@@ -1,13 +1,32 @@
-"""What a partner's files say now, without a restart: link, roster, node key."""
+"""What a partner's files say now, without a restart: link, roster, node key, and that it left."""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from clients.joining import REQUEST, create_site
 from clients.link import NodeLink, Standing
 from clients.newest import NewestLink, by_newest_roster
 from clients.node_key import create_node_key, load_node_key, next_node_key, promote_node_key
 from clients.settings import read_site
 from fedgrade.errors import DocumentRefused, MessageRefused
-from tests.clients.test_joining import authority, bundle, home, partner, taken  # noqa: F401 - fixtures
+from fedgrade.trust.enrolment import read_request
+from fedgrade.trust.identity import SigningKey, read_roster
+from tests.clients.test_joining import (  # noqa: F401 - some are fixtures
+    NOW,
+    POLICY,
+    authority,
+    bundle,
+    bundle_of,
+    home,
+    partner,
+    taken,
+    values,
+)
 
 
 def test_a_link_is_what_the_site_file_says_and_stays_while_that_cannot_be_read(partner, bundle, caplog):  # noqa: F811
@@ -29,8 +48,9 @@ def test_a_roster_is_taken_before_the_next_answer_and_without_one_there_is_none(
     taken(partner, bundle)
     rosters = []
     answer = by_newest_roster(read_site(partner), rosters.append, bytes)
-    assert answer(b"x") == b"x"
-    assert rosters == []
+    for _ in range(2):
+        assert answer(b"x") == b"x"
+    assert rosters == [bundle.roster]
     path = partner.parent / "roster.json"
     whole = path.read_bytes()
     path.write_bytes(whole[:50])
@@ -39,7 +59,56 @@ def test_a_roster_is_taken_before_the_next_answer_and_without_one_there_is_none(
             answer(b"x")
     path.write_bytes(whole)
     assert answer(b"x") == b"x"
-    assert rosters == [bundle.roster]
+    assert rosters == [bundle.roster] * 2
+
+
+def test_a_bundle_that_is_taken_while_the_site_is_opened_counts_from_the_first_answer_on(partner, bundle):  # noqa: F811
+    taken(partner, bundle)
+    link, opened_with = NewestLink(partner), [read_roster(partner.parent / "roster.json")]
+    newer = replace(
+        bundle,
+        sequence=3,
+        address="other.example:1",
+        roster=replace(bundle.roster, sites={**bundle.roster.sites, "east": SigningKey.generate().public}),
+    )
+    taken(partner, newer)
+    answer = by_newest_roster(read_site(partner), opened_with.append, bytes)
+    assert answer(b"x") == b"x"
+    assert opened_with == [bundle.roster, newer.roster]
+    assert link.now().address == "other.example:1"
+
+
+# `fedgrade site up`, of a site whose operator leaves at another terminal while it is opened.
+LEFT_MEANWHILE = """
+import sys
+from datetime import UTC, datetime
+from clients import commands, configure
+from clients.leaving import leave
+
+opened = configure.open_site
+
+def and_left(site):
+    found = opened(site)
+    leave(site, now=datetime.now(UTC))
+    return found
+
+configure.open_site = and_left
+commands.site(["up", sys.argv[1]])
+"""
+
+
+def test_a_site_that_leaves_while_it_is_opened_does_not_stay_up(home, authority):  # noqa: F811
+    # pytest's own folders are too deep for a Unix socket's name.
+    with tempfile.TemporaryDirectory(prefix="newest-") as folder:
+        create_site(Path(folder) / "node", values(home), POLICY, now=NOW)
+        site_file = Path(folder) / "node" / "site.yaml"
+        own = read_request((site_file.parent / REQUEST).read_bytes())
+        taken(site_file, bundle_of(own, authority))
+        ended = subprocess.run(
+            [sys.executable, "-c", LEFT_MEANWHILE, site_file], capture_output=True, text=True, check=False, timeout=120
+        )
+    assert ended.returncode != 0
+    assert "left its coordinator on" in ended.stderr.splitlines()[-1]
 
 
 def standing(tmp_path, **settings):
