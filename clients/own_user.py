@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: struct ucred
 _CHUNK: Final = 2**20
 _ROOT: Final = 0
+_UP_SECONDS: Final = 30.0  # a machine with no free files or threads fails at once; one that swaps takes its time
 
 
 def peer_user(connection: Any) -> int | None:
@@ -47,13 +48,14 @@ class OwnUserDoor:
         self._inner = inner
         self._admits = admits
         self._up = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="agent-door", daemon=True)
+        self._failure: OSError | RuntimeError | None = None
+        self._thread = threading.Thread(target=self._run, name="agent-door", daemon=True)
 
     def __enter__(self) -> Self:
         """Listen.
 
         Raises:
-            DocumentRefused: the socket cannot be made.
+            DocumentRefused: the socket cannot be made, or nobody came to listen at it.
         """
         self._listener = socket.socket(socket.AF_UNIX)
         try:
@@ -63,8 +65,13 @@ class OwnUserDoor:
             raise DocumentRefused(f"socket {self._path}: cannot be opened ({error.strerror})") from error
         # Nobody can connect before somebody listens.
         self._path.chmod(0o600)
-        self._thread.start()
-        self._up.wait()
+        try:
+            self._begin()
+        except (OSError, RuntimeError) as error:
+            # A thread that comes too late finds its socket closed, and ends.
+            self._listener.close()
+            self._path.unlink(missing_ok=True)
+            raise DocumentRefused(f"socket {self._path}: nobody listens at it ({error}); start again") from error
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -72,6 +79,27 @@ class OwnUserDoor:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._path.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        """Start the thread, and return once it listens.
+
+        Raises:
+            OSError, RuntimeError: it does not.
+        """
+        self._thread.start()
+        if not self._up.wait(_UP_SECONDS):
+            raise TimeoutError(f"its thread took over {_UP_SECONDS:g} s")
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(self._serve())
+        except (OSError, RuntimeError) as error:
+            self._failure = error
+        finally:
+            self._up.set()
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

@@ -1,6 +1,8 @@
 import os
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -88,6 +90,32 @@ def test_whoever_is_not_admitted_gets_no_byte_further(path):
         assert _answer_at(path) == b"closed"
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+# A process that can open one file more: a socket is one, and the event loop of the thread behind it needs others.
+NO_FILES = """
+import os, resource, sys
+from pathlib import Path
+from clients.own_user import OwnUserDoor
+from fedgrade.errors import DocumentRefused
+
+lowest = os.open(os.devnull, os.O_RDONLY)
+os.close(lowest)
+resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, lowest + 1))
+path = Path(sys.argv[1])
+try:
+    OwnUserDoor(path, path.parent / "in").__enter__()
+except DocumentRefused as error:
+    print(error)
+"""
+
+
+def test_a_door_whose_thread_cannot_listen_is_one_clear_error_and_leaves_no_socket(path):
+    done = subprocess.run(
+        [sys.executable, "-c", NO_FILES, path], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == f"socket {path}: nobody listens at it ([Errno 24] Too many open files); start again\n"
+    assert not path.exists()
 
 
 def test_a_folder_that_is_another_users_is_refused(path, monkeypatch):
