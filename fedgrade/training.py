@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from fedgrade.errors import ModelRefused
 from fedgrade.items import ItemBatch, ItemPhotos
-from fedgrade.model.compute import torch_device, torch_threads
+from fedgrade.model.compute import enough_memory, torch_device, torch_threads
 from fedgrade.model.networks import PhotoLinear, learning_parameters
 from fedgrade.model.preprocessing import FeatureArray
 from fedgrade.privacy.noise import floating_gaussian, poisson_sample
@@ -192,7 +192,8 @@ class _PhotoSteps:
         self._items = items
         self._device = torch_device(items.compute.device)
         # For one photo on a CPU torch falls back to slow convolutions, which are the least slow with channels last.
-        self._module = module.to(self._device).to(memory_format=torch.channels_last)
+        with enough_memory(self._device):
+            self._module = module.to(self._device).to(memory_format=torch.channels_last)
         self._optimizer = _PhotoOptimizer(**_settings(module, recipe))
         # An item a thread, not a layer in several: threads that meet after every layer wait for whoever lost a core.
         self._workers = ThreadPoolExecutor(items.compute.threads if self._device == "cpu" else 1)
@@ -202,7 +203,7 @@ class _PhotoSteps:
         photos = self._items.take(chosen)
         self._optimizer.zero_grad()
         repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-        with torch_threads(1), repeatable:
+        with torch_threads(1), repeatable, enough_memory(self._device):
             for start in range(0, len(photos), _PHOTO_ITEMS):
                 self._add(photos.take(slice(start, start + _PHOTO_ITEMS)))
         # The step itself is always that of an empty batch: it adds nothing but noise to what has been summed up.

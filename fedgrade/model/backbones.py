@@ -26,6 +26,7 @@ from fedgrade.model.compute import (
     Device,
     Precision,
     arithmetic,
+    enough_memory,
     one_by_one,
     torch_device,
     torch_threads,
@@ -207,8 +208,13 @@ class TorchExtractor:
         threads: int,
         precision: Precision = "float32",
     ) -> None:
-        """``device`` as torch spells it."""
-        self._backbone = backbone.to(device=device)
+        """``device`` as torch spells it.
+
+        Raises:
+            DataRefused: it does not hold the network.
+        """
+        with enough_memory(device):
+            self._backbone = backbone.to(device=device)
         self._device = device
         self._threads = threads
         self._precision: Precision = precision

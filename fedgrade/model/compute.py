@@ -105,6 +105,25 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def enough_memory(device: str) -> Iterator[None]:
+    """A network that ``device`` does not hold ends in one line: another device would give other numbers unasked.
+
+    Raises:
+        DataRefused: its memory is not enough for what the block does there.
+    """
+    import torch  # noqa: PLC0415
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        elsewhere = "" if device == "cpu" else "set `device: cpu` in site.yaml, "
+        raise DataRefused(
+            f"network on {device}: its memory does not hold it; free some, {elsewhere}or ask for a job with a smaller "
+            "model or smaller photos"
+        ) from error
+
+
 class Chunks:
     """How many photos a device holds at once: half as many from the moment on at which its memory was not enough.
 

@@ -15,7 +15,7 @@ from torch import nn
 from fedgrade.errors import ModelRefused
 from fedgrade.model.adapter import Adapter
 from fedgrade.model.backbones import export, starting_network
-from fedgrade.model.compute import Chunks, Compute, one_by_one, torch_device, torch_threads
+from fedgrade.model.compute import Chunks, Compute, enough_memory, one_by_one, torch_device, torch_threads
 from fedgrade.model.head import BIAS_FEATURE
 from fedgrade.model.pooling import PooledBackbone, pooled
 from fedgrade.model.preprocessing import FeatureArray
@@ -118,10 +118,13 @@ class TrainedExtractor:
     """
 
     def __init__(self, spec: ModelSpec, change: FeatureArray, *, compute: Compute) -> None:
+        """Raises ``DataRefused`` if the device does not hold the network."""
         head, centre = np.zeros((1, spec.feature_dimensions + 1)), np.zeros(spec.feature_dimensions)
         self._device, self._threads = torch_device(compute.device), compute.threads
         self._chunks = Chunks(f"features on {self._device}")
-        self._module = NetworkAndHead(spec, thresholds=head, centre=centre, change=change).eval().to(self._device)
+        module = NetworkAndHead(spec, thresholds=head, centre=centre, change=change).eval()
+        with enough_memory(self._device):
+            self._module = module.to(self._device)
         self.dimensions = spec.feature_dimensions
 
     def extract(self, batch: FeatureArray) -> FeatureArray:

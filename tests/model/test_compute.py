@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from clients.settings import SiteSettings
 from clients.templates import SiteValues, site_yaml
 from fedgrade.errors import DataRefused, DocumentRefused, JobRefused
-from fedgrade.model.compute import Chunks, Compute, arithmetic, require_device, torch_device
+from fedgrade.model.compute import Chunks, Compute, arithmetic, enough_memory, require_device, torch_device
 from fedgrade.trust.canonical import decode_yaml
 
 SITE = site_yaml(
@@ -94,6 +94,15 @@ def test_where_not_even_one_photo_fits_the_device_is_named_and_no_other_is_falle
         )
     assert sizes == [4, 2, 1]
     assert len(released) == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_a_network_that_a_device_does_not_hold_is_one_line_that_names_it_and_what_to_do(device):
+    said = f"network on {device}: its memory does not hold it; free some, .*smaller model"
+    with pytest.raises(DataRefused, match=said) as refused, enough_memory(device):
+        np.empty(2**62, dtype=np.uint8)
+    # On the processor already, there is no other device to name.
+    assert ("`device: cpu`" in str(refused.value)) == (device != "cpu")
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory():

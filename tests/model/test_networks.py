@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedgrade.errors import ModelRefused
+from fedgrade.errors import DataRefused, ModelRefused
 from fedgrade.federation.messages import MAX_MESSAGE_BYTES
 from fedgrade.model.adapter import Adapter, graded_inputs
-from fedgrade.model.backbones import build_backbone
+from fedgrade.model.backbones import TorchExtractor, build_backbone
 from fedgrade.model.compute import Compute
 from fedgrade.model.head import head_inputs, scores
 from fedgrade.model.spec import (
@@ -33,6 +33,9 @@ from fedgrade.model.networks import (  # noqa: E402 - after the skips: it needs 
     learning_parameters,
     named_learning,
 )
+from fedgrade.training import train_by_sgd  # noqa: E402
+from tests.small_training import NETWORK as SMALL_NETWORK  # noqa: E402
+from tests.small_training import fresh, photo_items, recipe  # noqa: E402
 
 NORMS = ModelSpec(
     backbone="tf_efficientnet_lite0",
@@ -50,6 +53,7 @@ NETWORK = ModelSpec(
     trainable="network",
 )
 ALONE = Compute(device="cpu", threads=1)
+TRAINED = np.zeros(NORMS.network_parameters, np.float32)
 
 
 def noise(*shape, seed=0):
@@ -209,3 +213,40 @@ def test_everything_that_can_be_trained_fits_into_one_message():
                 pooling=POOLINGS,
             )
             assert 4 * spec.network_parameters + 2**20 < MAX_MESSAGE_BYTES / 4
+
+
+def no_memory(*_arguments, **_keywords):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+# What each carries to its device, which the machines of these tests do not have: what torch says there, it says here.
+CARRIED = {
+    "a frozen backbone": lambda network: TorchExtractor(NORMS, network, device="cpu", threads=1),
+    "a trained network": lambda _: TrainedExtractor(NORMS, TRAINED, compute=ALONE),
+    "training": lambda network: train_by_sgd(network, photo_items([1]), recipe()),
+}
+
+
+@pytest.mark.parametrize("carry", CARRIED.values(), ids=CARRIED.keys())
+def test_a_network_that_does_not_fit_into_a_device_as_a_whole_is_one_clear_error_and_stays_off_others(
+    carry, monkeypatch
+):
+    network = fresh(SMALL_NETWORK)
+    carried = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *_, **__: carried.append(1) or no_memory())
+    with pytest.raises(DataRefused, match=r"network on cpu: its memory does not hold it; free some, .*smaller model"):
+        carry(network)
+    assert carried == [1]
+
+
+def test_training_that_runs_out_of_memory_later_says_so_too():
+    class Greedy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, _photos):
+            no_memory()
+
+    with pytest.raises(DataRefused, match="network on cpu: its memory does not hold it"):
+        train_by_sgd(Greedy(), photo_items([1]), recipe())
