@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 _POLL_SHARE: Final = 0.05
 _FIRST_RETRY_SECONDS: Final = 0.25
 _AWAY_SECONDS: Final = 1.0
+_TELL_AGAIN_SECONDS: Final = 600.0
+_NUMBER: Final = re.compile(r"[0-9]+")
 _REPLY_PATIENCE_SECONDS: Final = 120.0
 _NODE_ID_BITS: Final = 64
 _MAX_SESSION_CHARACTERS: Final = 8192
@@ -113,18 +115,27 @@ def serve(
 
 
 class _OnChange:
-    """Calls ``on_state`` when the state differs from the last; CONNECTING is told once, not at every retry."""
+    """Calls ``on_state`` when the state is another one; a failure that lasts is told again after some minutes.
 
-    def __init__(self, on_state: OnState) -> None:
+    CONNECTING is told once, not at every retry. A failure whose reason in brackets differs in numbers alone is the
+    same: a SuperLink says by how many seconds a clock is off, and what time it is, others at each retry.
+    """
+
+    def __init__(self, on_state: OnState, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._on_state = on_state
-        self._last: LinkState | None = None
+        self._clock = clock
+        self._last: tuple[LinkPhase, str] | None = None
+        self._told_at = 0.0
 
     def __call__(self, phase: LinkPhase, detail: str) -> None:
-        state = LinkState(phase=phase, detail=detail)
-        retrying = phase is LinkPhase.CONNECTING and self._last is not None and self._last.phase is not LinkPhase.ONLINE
-        if state != self._last and not retrying:
-            self._last = state
-            self._on_state(state)
+        now, failed = self._clock(), phase in {LinkPhase.UNREACHABLE, LinkPhase.REFUSED}
+        what, bracket, reason = detail.partition("(")
+        state = phase, what + bracket + (_NUMBER.sub("", reason) if failed else reason)
+        retrying = phase is LinkPhase.CONNECTING and self._last is not None and self._last[0] is not LinkPhase.ONLINE
+        lasting = state == self._last and not (failed and now - self._told_at >= _TELL_AGAIN_SECONDS)
+        if not (lasting or retrying):
+            self._last, self._told_at = state, now
+            self._on_state(LinkState(phase=phase, detail=detail))
 
 
 def _one_connection(
