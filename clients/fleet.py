@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -28,6 +28,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     _get_computed_object_ids,
     get_object_id,
     get_object_tree,
@@ -49,13 +50,13 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from clients.request_signature import RequestSigner
-from clients.wire import MESSAGE_TYPE, RECORD, unwrap, wrap
+from clients.wire import wrap
 from fedgrade.errors import FedgradeError, MessageRefused
+from fedgrade.federation.pieces import FRAME_BYTES, MESSAGE_TYPE, PIECE_BYTES, join, most_pieces
 
-# Object heads, protobuf framing and HTTP around one envelope; measured below 1 KiB.
-_OVERHEAD_BYTES: Final = 64 * 1024
-_NESTING: Final = 2  # message, dictionary, record
 _PULL_SECONDS: Final = 120.0
+# Of pieces on their way at once; the SuperLink answers a node key no more than a handful of requests at a time.
+_AT_ONCE: Final = 2
 _MAX_REASON_CHARACTERS: Final = 300
 _LATER: Final = frozenset(
     {
@@ -196,26 +197,33 @@ class FleetConnection:
     def fetch(self, parcel: Parcel) -> bytes:
         """The bytes inside ``parcel``.
 
-        Guarantee: one record of the promised size is fetched and nothing else, and its bytes hash to the name under
-        which the SuperLink announced it.
+        Guarantee: no more pieces than the largest message has are fetched, nothing else, none that is larger than a
+        piece, and the bytes of each hash to the name under which the SuperLink announced it.
 
         Raises:
             MessageRefused: another type, shape or size.
             LinkDown: no answer.
             LinkRefused: the run is over.
         """
-        record = _announced_record(parcel)
+        limit = self._access.max_message_bytes
+        records = _announced_records(parcel, most=most_pieces(limit))
         pull = make_pull_object_fn_protobuf(
             lambda request: self._call(self._client.PullObject, request), self._node, parcel.run_id
         )
         try:
             contents = pull_objects(
-                [record], pull_object_fn=pull, max_time=_PULL_SECONDS, initial_backoff=0.03, backoff_cap=0.2
+                records,
+                pull_object_fn=pull,
+                max_concurrent_pulls=_AT_ONCE,
+                max_time=_PULL_SECONDS,
+                # Pieces that are still on their way to the SuperLink are not worth giving up a message for.
+                max_tries_per_object=None,
+                initial_backoff=0.03,
+                backoff_cap=0.2,
             )
         except ObjectPullError as error:
-            raise MessageRefused(f"record {record[:16]}: it never arrived ({error})") from error
-        content = RecordDict({RECORD: _inflate(record, contents[record])})
-        return unwrap(content, max_message_bytes=self._access.max_message_bytes)
+            raise MessageRefused(f"record {records[0][:16]}: it, or one beside it, never arrived ({error})") from error
+        return join((_inflate(record, contents.pop(record)) for record in records), max_bytes=limit)
 
     def confirm(self, parcel: Parcel) -> None:
         """Let the SuperLink forget the request's objects.
@@ -281,7 +289,7 @@ class FleetConnection:
         )
         wanted = [(name, bodies[name]) for name in response.objects_to_push if name in bodies]
         try:
-            push_object_contents_from_iterable(wanted, push)
+            push_object_contents_from_iterable(wanted, push, max_concurrent_pushes=_AT_ONCE)
         except ObjectPushError as error:
             raise LinkRefused(f"SuperLink {self._access.address}: {error}") from error
 
@@ -306,7 +314,7 @@ class FleetConnection:
 
     def _refuse_oversized(self, response: httpx.Response) -> None:
         """Called by httpx before a body is read: without a declared, bounded, uncompressed length it is not read."""
-        limit = self._access.max_message_bytes + _OVERHEAD_BYTES
+        limit = PIECE_BYTES + FRAME_BYTES
         length = response.headers.get("content-length", "")
         if response.headers.get("content-encoding", "identity") != "identity" or not length.isdecimal():
             raise MessageRefused("SuperLink response: a plain body of declared length is required")
@@ -315,37 +323,42 @@ class FleetConnection:
 
 
 def _bodies(message: Message) -> dict[str, bytes]:
-    """What every object of ``message`` is sent as, by its name; within ``no_object_id_recompute``.
+    """What the records of ``message`` are sent as, by their names; within ``no_object_id_recompute``.
 
     Flower by itself spells and hashes the whole reply three times, each time in several copies. Children come first:
-    what holds them then finds their names.
+    what holds them then finds their names. Message and dictionary have names too, for the SuperLink keeps what hangs
+    together; but nobody asks for their bytes, so that these are not sent.
     """
-    bodies: dict[str, bytes] = {}
-    content = message.content if message.has_content() else None
-    for item in (*((content[RECORD], content) if content is not None else ()), message):
-        body = item.deflate()
-        name = get_object_id(body)
-        bodies[name] = body
-        item.__dict__["_object_id"] = name
-        _get_computed_object_ids().add(name)
+    contents = (message.content,) if message.has_content() else ()
+    bodies = dict(_named(record) for content in contents for record in content.values())
+    for holder in (*contents, message):
+        _named(holder)
     return bodies
 
 
-def _announced_record(parcel: Parcel) -> str:
-    """The name of the one record inside the one dictionary inside ``parcel``.
+def _named(item: InflatableObject) -> tuple[str, bytes]:
+    """The name of ``item``, which Flower goes by from now on, and what it is sent as."""
+    body = item.deflate()
+    name = get_object_id(body)
+    item.__dict__["_object_id"] = name
+    _get_computed_object_ids().add(name)
+    return name, body
+
+
+def _announced_records(parcel: Parcel, *, most: int) -> list[str]:
+    """The names of the records inside the one dictionary inside ``parcel``.
 
     Raises:
-        MessageRefused: another message type, or another number of objects.
+        MessageRefused: another message type or shape, or more than ``most`` records.
     """
     kind = parcel.message.metadata.message_type
     if kind != MESSAGE_TYPE:
         raise MessageRefused(f"message type {kind[:40]!r}: only {MESSAGE_TYPE!r} is answered")
-    node, depth = parcel.tree, 0
-    while len(node.children) == 1 and depth < _NESTING:
-        node, depth = node.children[0], depth + 1
-    if depth != _NESTING or node.children:
-        raise MessageRefused("message content: exactly one record in one dictionary is read")
-    return str(node.object_id)
+    dictionaries = parcel.tree.children
+    records = dictionaries[0].children if len(dictionaries) == 1 else []
+    if not 0 < len(records) <= most or any(record.children for record in records):
+        raise MessageRefused(f"message content: 1 to {most} records in one dictionary are read")
+    return [str(record.object_id) for record in records]
 
 
 def _inflate(name: str, content: bytes) -> ConfigRecord:

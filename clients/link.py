@@ -7,8 +7,8 @@ from typing import Final, Protocol, Self
 
 from clients.fleet import FleetAccess
 from clients.node_key import load_node_key, next_node_key, promote_node_key
-from clients.wire import MAX_MESSAGE_BYTES
 from fedgrade.errors import DocumentRefused
+from fedgrade.federation.messages import MAX_MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class NodeLink:
         heartbeat_seconds: a node that dies without a word is held for online during twice this time; only its own
             successor, on the same machine, is let in before.
         retry_cap_seconds: longest wait before the link is tried again.
-        max_message_bytes: larger requests are refused unread.
+        max_message_bytes: larger requests are refused, of which less than a piece more is read.
     """
 
     address: str

@@ -11,15 +11,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedgrade.errors import MessageRefused, RoundFailed
+from fedgrade.federation.messages import MAX_MESSAGE_BYTES
+from fedgrade.federation.pieces import MESSAGE_TYPE, cut, join
 from fedgrade.trust.identity import SiteId
 from server.posting import post_of
-from server.replies import FIELD, RECORD, Reply, source_of
+from server.replies import Reply, source_of
 
 logger = logging.getLogger(__name__)
-
-# The same name as in clients/wire.py; a test holds them together.
-MESSAGE_TYPE: Final = "query.fedgrade"
-MAX_REPLY_BYTES: Final = 256 * 1024 * 1024
 
 _POLL_SHARE: Final = 0.05
 # However long a stage takes, a revocation is noticed within this time.
@@ -47,7 +45,7 @@ class GridCohort:
         grid: Grid,
         nodes: Mapping[SiteId, int],
         poll_seconds: float = 0.05,
-        max_reply_bytes: int = MAX_REPLY_BYTES,
+        max_reply_bytes: int = MAX_MESSAGE_BYTES,
         watch: Callable[[Collection[SiteId]], None] = _unwatched,
     ) -> None:
         self.nodes = nodes
@@ -154,7 +152,7 @@ def _messages(requests: Mapping[SiteId, bytes], nodes: Mapping[SiteId, int], *, 
 
 
 def _content(envelope: bytes) -> RecordDict:
-    return RecordDict({RECORD: ConfigRecord({FIELD: envelope})})
+    return RecordDict({str(place): ConfigRecord(piece) for place, piece in enumerate(cut(envelope))})
 
 
 def _drain(inbox: "queue.SimpleQueue[Reply]", pause: float, wanted: int) -> Iterator[Reply]:
@@ -171,14 +169,8 @@ def _unwrap(reply: Reply, max_reply_bytes: int) -> bytes:
     """The bytes in ``reply``.
 
     Raises:
-        MessageRefused: it is an error, or anything but one field of at most ``max_reply_bytes`` bytes.
+        MessageRefused: it is an error, or anything but the pieces of at most ``max_reply_bytes`` bytes.
     """
-    record = reply.content
-    if isinstance(record, str):
-        raise MessageRefused(record)
-    envelope = record.get(FIELD)
-    if len(record) != 1 or not isinstance(envelope, bytes):
-        raise MessageRefused(f"expected one ConfigRecord {RECORD!r} with one field {FIELD!r} of bytes")
-    if len(envelope) > max_reply_bytes:
-        raise MessageRefused(f"{len(envelope)} bytes, at most {max_reply_bytes} are read")
-    return envelope
+    if isinstance(reply.content, str):
+        raise MessageRefused(reply.content)
+    return join(reply.content, max_bytes=max_reply_bytes)

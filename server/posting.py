@@ -14,6 +14,7 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     _get_computed_object_ids,
     get_object_id,
     get_object_tree,
@@ -22,8 +23,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import push_object_contents_from_iterable
 from flwr.superlink.grid import HttpGrid
-
-from server.replies import RECORD
 
 
 class Post(Protocol):
@@ -53,7 +52,7 @@ class _GridPost:
 
 
 class _HttpPost:
-    """Flower's HttpGrid: one request that announces all messages, then what the SuperLink does not have yet."""
+    """Flower's HttpGrid: one request that announces all messages, then those records that the SuperLink lacks."""
 
     def __init__(self, grid: HttpGrid) -> None:
         self._grid = grid
@@ -77,21 +76,23 @@ class _HttpPost:
 
 
 def _bodies(messages: Sequence[Message]) -> dict[str, bytes]:
-    """What every object of ``messages`` is sent as, by its name; within ``no_object_id_recompute``.
+    """What the records of ``messages`` are sent as, by their names; within ``no_object_id_recompute``.
 
-    Children come first: what holds them then finds their names and does not spell them anew.
+    Children come first: what holds them then finds their names and does not spell them anew. Messages and dictionaries
+    have names too, for the SuperLink keeps what hangs together; but nobody asks for their bytes, so that these are not
+    sent.
     """
-    bodies: dict[str, bytes] = {}
-    seen: set[int] = set()
-    for message in messages:
-        content = message.content
-        for item in (content[RECORD], content, message):
-            if id(item) in seen:
-                continue
-            seen.add(id(item))
-            body = item.deflate()
-            name = get_object_id(body)
-            bodies[name] = body
-            item.__dict__["_object_id"] = name
-            _get_computed_object_ids().add(name)
+    contents = {id(message.content): message.content for message in messages}.values()
+    bodies = dict(_named(record) for content in contents for record in content.values())
+    for holder in (*contents, *messages):
+        _named(holder)
     return bodies
+
+
+def _named(item: InflatableObject) -> tuple[str, bytes]:
+    """The name of ``item``, which Flower goes by from now on, and what it is sent as."""
+    body = item.deflate()
+    name = get_object_id(body)
+    item.__dict__["_object_id"] = name
+    _get_computed_object_ids().add(name)
+    return name, body

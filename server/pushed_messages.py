@@ -11,9 +11,11 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 
-# What clients/fleet.py sends: a record in a dictionary in a message, or a message that has an error.
-_REPLY_OBJECTS: Final = 3
-_ERROR_OBJECTS: Final = 1
+from fedgrade.federation.messages import MAX_MESSAGE_BYTES
+from fedgrade.federation.pieces import most_pieces
+
+# What clients/fleet.py sends: records in a dictionary in a message, or a message that has an error.
+_RECORDS: Final = most_pieces(MAX_MESSAGE_BYTES)
 _MESSAGE_BYTES: Final = 64 * 1024  # without its objects; an error's reason is in it
 
 
@@ -37,21 +39,21 @@ def require_own_reply(request: PushMessagesRequest, store: ObjectStore) -> None:
         raise HTTPException(403, "push-messages: the message answers none; a node sends replies alone")
     if message.ByteSize() > _MESSAGE_BYTES:
         raise HTTPException(400, f"push-messages: a message is at most {_MESSAGE_BYTES} bytes without its objects")
-    allowed = _ERROR_OBJECTS if message.HasField("error") else _REPLY_OBJECTS
-    if tree.object_id != message.metadata.message_id or not _is_chain(tree, allowed):
+    fits = not tree.children if message.HasField("error") else _is_reply(tree)
+    if tree.object_id != message.metadata.message_id or not fits:
         raise HTTPException(
-            400, f"push-messages: the objects must be the message and what it holds, one in another, {allowed} at most"
+            400,
+            "push-messages: the objects must be those of the message: none if it is an error, or a dictionary with 1 "
+            f"to {_RECORDS} records",
         )
     if _differs(store, tree):
         raise HTTPException(403, "push-messages: this message was announced before with other objects")
 
 
-def _is_chain(tree: ObjectTree, allowed: int) -> bool:
-    """Whether each object holds one other, and there are at most ``allowed``."""
-    found = 1
-    while len(tree.children) == 1 and found < allowed:
-        tree, found = tree.children[0], found + 1
-    return not tree.children
+def _is_reply(tree: ObjectTree) -> bool:
+    """Whether the message holds one dictionary, with records that hold nothing."""
+    records = tree.children[0].children if len(tree.children) == 1 else []
+    return 0 < len(records) <= _RECORDS and not any(record.children for record in records)
 
 
 def _differs(store: ObjectStore, tree: ObjectTree) -> bool:

@@ -23,15 +23,16 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import HttpGrid
 
+from fedgrade.federation.messages import MAX_MESSAGE_BYTES
+from fedgrade.federation.pieces import most_pieces
+
 if TYPE_CHECKING:
     import queue
 
 logger = logging.getLogger(__name__)
 
-# The same names as in clients/wire.py; a test holds them together.
-RECORD: Final = "fedgrade"
-FIELD: Final = "envelope"
-_NESTING: Final = 2  # message, dictionary, record
+# Of pieces of one reply on their way at once; every site has its own.
+_AT_ONCE: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class Reply:
 
     Attributes:
         request: message id of the request.
-        content: the record, or one line that says why there is none.
+        content: the records, or one line that says why there are none.
     """
 
     request: str
-    content: ConfigRecord | str
+    content: tuple[ConfigRecord, ...] | str
 
 
 class Source(Protocol):
@@ -118,32 +119,33 @@ class _HttpSource:
                 ConfirmMessageReceivedRequest(node=self._grid.node, run_id=self._run_id, message_object_id=message_id)
             )
 
-    def _pull(self, tree: ObjectTree, deadline: float) -> ConfigRecord | str:
-        """The record of the announced reply, whose bytes hash to the announced name."""
-        for _ in range(_NESTING):
-            if len(tree.children) != 1:
-                return "expected one record in one dictionary"
-            tree = tree.children[0]
-        name = tree.object_id
+    def _pull(self, tree: ObjectTree, deadline: float) -> tuple[ConfigRecord, ...] | str:
+        """The records of the announced reply, the bytes of each of which hash to its announced name."""
+        records = tree.children[0].children if len(tree.children) == 1 else []
+        if not 0 < len(records) <= most_pieces(MAX_MESSAGE_BYTES):
+            return "expected records in one dictionary"
+        names = [record.object_id for record in records]
         pull = make_pull_object_fn_protobuf(self._client.PullObject, self._grid.node, self._run_id)
         contents = pull_objects(
-            [name],
+            names,
             pull_object_fn=pull,
+            max_concurrent_pulls=_AT_ONCE,
             max_time=max(0.0, deadline - time.monotonic()),
             max_tries_per_object=None,
             initial_backoff=0.03,
             backoff_cap=0.2,
         )
-        return ConfigRecord.inflate(contents[name]) if get_object_id(contents[name]) == name else "wrong hash"
+        if any(get_object_id(contents[name]) != name for name in names):
+            return "wrong hash"
+        return tuple(ConfigRecord.inflate(contents.pop(name)) for name in names)
 
 
-def _content(message: Message) -> ConfigRecord | str:
+def _content(message: Message) -> tuple[ConfigRecord, ...] | str:
     if message.has_error():
         return _error(message.error.code, message.error.reason)
-    record = message.content.get(RECORD)
-    if len(message.content) != 1 or not isinstance(record, ConfigRecord):
-        return "expected one ConfigRecord"
-    return record
+    if not all(isinstance(record, ConfigRecord) for record in message.content.values()):
+        return "expected ConfigRecords alone"
+    return tuple(message.content.config_records.values())
 
 
 def _error(code: int, reason: str | None) -> str:

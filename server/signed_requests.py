@@ -23,6 +23,7 @@ from typing import Any, Final
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 from fedgrade.errors import MessageRefused, SignatureRefused
+from fedgrade.federation.pieces import FRAME_BYTES, PIECE_BYTES
 from fedgrade.trust.request_signature import HEADER, SESSION_HEADER, WINDOW_SECONDS, SignedClaim, read_header
 from server.connections import PLACE
 from server.enrolled_keys import EnrolledKeys
@@ -32,7 +33,7 @@ from server.node_identity import NODE_KEY
 logger = logging.getLogger(__name__)
 
 HEALTH: Final = "/health"
-MAX_REQUEST_BYTES: Final = 264 * 1024 * 1024  # one object of clients.wire.MAX_MESSAGE_BYTES and its frame
+MAX_REQUEST_BYTES: Final = PIECE_BYTES + FRAME_BYTES
 _KEY_HEADER: Final = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 _READ_ONCE: Final = frozenset({_KEY_HEADER, HEADER.encode(), b"content-length", b"transfer-encoding"})
 _MAX_KEY_CHARACTERS: Final = 2048
@@ -52,13 +53,13 @@ class Allowance:
     Attributes:
         requests: within the window, each of which is remembered.
         bytes_at_once: of bodies that are being read or answered.
-        answers_at_once: that are made or sent. A node waits for two; what a connection that broke held may be there.
+        answers_at_once: that are made or sent. A node waits for three; what a connection that broke held may be there.
         stall_seconds: without a byte of a body, and it is given up.
         bytes_a_second: slower than this on the whole, and it is given up.
     """
 
     requests: int = 50_000
-    bytes_at_once: int = MAX_REQUEST_BYTES
+    bytes_at_once: int = 4 * MAX_REQUEST_BYTES
     answers_at_once: int = 4
     stall_seconds: float = 30.0
     bytes_a_second: int = 256 * 1024

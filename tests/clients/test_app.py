@@ -10,8 +10,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.agent import AgentServer, AgentUnavailable
 from clients.app import SOCKETS, app
 from clients.gate import Gate
-from clients.wire import MESSAGE_TYPE, unwrap, wrap
+from clients.wire import unwrap, wrap
 from fedgrade.errors import DocumentRefused, MessageRefused
+from fedgrade.federation.pieces import MESSAGE_TYPE
 
 
 @pytest.fixture

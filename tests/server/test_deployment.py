@@ -232,7 +232,7 @@ def test_a_reply_that_is_announced_and_never_sent_holds_up_no_one(deployment, gr
     assert replies == {"alpha": b"?alpha", "gamma": b"?gamma"}
 
 
-def test_an_oversized_request_is_refused_unread_and_the_node_lives_on(deployment, grid, enrolled, nodes):
+def test_an_oversized_request_is_refused_and_the_node_lives_on(deployment, grid, enrolled, nodes):
     link = NodeLink(
         address=deployment.address,
         root_certificate=deployment.authority,
@@ -249,7 +249,9 @@ def test_an_oversized_request_is_refused_unread_and_the_node_lives_on(deployment
     thread = threading.Thread(target=serve, args=(link, answer), kwargs={"stop": stop}, daemon=True)
     thread.start()
     cohort = GridCohort(grid, {"alpha": nodes["alpha"]})
+    # In as many pieces as 100,000 bytes need, and in more.
     assert cohort.ask({"alpha": b"x" * 300_000}, deadline_seconds=PATIENCE) == {}
+    assert cohort.ask({"alpha": b"x" * 5_000_000}, deadline_seconds=PATIENCE) == {}
     assert cohort.ask({"alpha": b"x" * 99_000}, deadline_seconds=PATIENCE) == {"alpha": b"ok"}
     stop.set()
     thread.join(PATIENCE)

@@ -4,17 +4,22 @@ import inspect
 import os
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message
 from flwr.proto import runtime_pb2
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients import fleet
+from clients.wire import wrap
+from fedgrade.federation.pieces import MESSAGE_TYPE, PIECE_BYTES
 from server import posting
-from server.grid_cohort import MESSAGE_TYPE
-from server.replies import FIELD, RECORD
 
 
 @pytest.fixture(autouse=True)
@@ -23,29 +28,38 @@ def _within_a_run(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, value)
 
 
-def by_flower(message):
-    return {name: item.deflate() for name, item in get_all_nested_objects(message).items()}
+def by_flower(*messages):
+    """What Flower sends of the records in ``messages``, and the names of everything in them."""
+    items = {name: item for message in messages for name, item in get_all_nested_objects(message).items()}
+    return {name: item.deflate() for name, item in items.items() if isinstance(item, ConfigRecord)}, items.keys()
 
 
-def messages(*nodes):
-    content = RecordDict({RECORD: ConfigRecord({FIELD: os.urandom(3000)})})
+def names(*messages):
+    return {tree.object_id for message in messages for tree in iterate_object_tree(get_object_tree(message))}
+
+
+def messages(*nodes, size=3000):
+    content = wrap(os.urandom(size))
     return [Message(content, node, MESSAGE_TYPE, ttl=60.0) for node in nodes]
 
 
-def test_a_coordinators_messages_are_spelt_as_flower_spells_them_and_what_they_share_once():
-    given = messages(7, 8)
-    expected = by_flower(given[0]) | by_flower(given[1])
+@pytest.mark.parametrize("size", [3000, 2 * PIECE_BYTES + 5])
+def test_a_coordinators_messages_are_spelt_as_flower_spells_them_and_what_they_share_once(size):
+    given = messages(7, 8, size=size)
+    expected, everything = by_flower(*given)
     with no_object_id_recompute():
         assert posting._bodies(given) == expected
-    assert len(expected) == 4
+        assert names(*given) == everything
+    assert len(expected) == 1 + size // PIECE_BYTES
 
 
 def test_a_nodes_reply_is_spelt_as_flower_spells_it():
     (request,) = messages(7)
     for reply in (Message(request.content, reply_to=request), Message(Error(2, "no"), reply_to=request)):
-        expected = by_flower(reply)
+        expected, everything = by_flower(reply)
         with no_object_id_recompute():
             assert fleet._bodies(reply) == expected
+            assert names(reply) == everything
 
 
 def test_the_private_calls_of_the_post_have_kept_their_signatures():

@@ -14,7 +14,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients.fleet import FleetAccess, FleetConnection, Parcel
 from clients.node_key import create_node_key, load_node_key
-from clients.wire import MESSAGE_TYPE, wrap
+from clients.wire import wrap
+from fedgrade.federation.messages import MAX_MESSAGE_BYTES
+from fedgrade.federation.pieces import MESSAGE_TYPE, PIECE_BYTES, most_pieces
 from server.certificates import certify
 from server.pushed_messages import require_own_reply
 
@@ -71,7 +73,7 @@ def refused(request, store=None):
 
 def test_a_nodes_reply_and_its_refusal_pass_and_so_they_do_when_sent_again(outgoing):
     store = InMemoryObjectStore()
-    for request in (outgoing.reply(), outgoing.error()):
+    for request in (outgoing.reply(), outgoing.reply(bytes(2 * PIECE_BYTES + 1)), outgoing.error()):
         require_own_reply(request, store)
         store.preregister(RUN, request.message_object_trees[0])
         require_own_reply(request, store)
@@ -112,8 +114,16 @@ def nested(depth):
 
 @pytest.mark.parametrize(
     "children",
-    [[nested(0)] * 2, [nested(2)], [nested(90)], [nested(0)] * 10_000],
-    ids=["wide", "deep", "abyss", "many"],
+    [
+        [],
+        [nested(0)],
+        [nested(1)] * 2,
+        [nested(2)],
+        [nested(90)],
+        [nested(1)] * 10_000,
+        [ObjectTree(object_id="0" * 64, children=[nested(0)] * (most_pieces(MAX_MESSAGE_BYTES) + 1))],
+    ],
+    ids=["none", "empty", "wide", "deep", "abyss", "many", "too many records"],
 )
 def test_other_objects_than_a_reply_has_are_refused(outgoing, children):
     request = outgoing.reply()
@@ -127,7 +137,7 @@ def test_an_error_brings_no_objects(outgoing):
     request.message_object_trees[0].children.append(nested(0))
     status, said = refused(request)
     assert status == 400
-    assert "1 at most" in said
+    assert "none if it is an error" in said
 
 
 def test_the_objects_are_the_messages(outgoing):
@@ -145,5 +155,5 @@ def test_what_belongs_into_objects_is_not_in_the_message(outgoing):
 def test_a_message_keeps_the_objects_that_it_was_announced_with(outgoing):
     store, request = InMemoryObjectStore(), outgoing.reply()
     store.preregister(RUN, request.message_object_trees[0])
-    request.message_object_trees[0].children[0].CopyFrom(nested(0))
+    request.message_object_trees[0].children[0].CopyFrom(nested(1))
     assert refused(request, store) == (403, "push-messages: this message was announced before with other objects")
