@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: struct ucred
 _CHUNK: Final = 2**20
+_CLOSE_SECONDS: Final = 1.0  # for bytes that nobody takes any more
 _ROOT: Final = 0
 _UP_SECONDS: Final = 30.0  # a machine with no free files or threads fails at once; one that swaps takes its time
 
@@ -49,6 +50,8 @@ class OwnUserDoor:
         self._admits = admits
         self._up = threading.Event()
         self._failure: OSError | RuntimeError | None = None
+        # The loop itself holds tasks weakly: one whose two ends are both quiet could be collected half-way.
+        self._under_way: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, name="agent-door", daemon=True)
 
     def __enter__(self) -> Self:
@@ -107,9 +110,22 @@ class OwnUserDoor:
         self._up.set()
         await self._stop.wait()
         server.close()
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+        # What was closed is gone after one more turn of the loop.
+        await asyncio.sleep(0)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer):
+        task = asyncio.create_task(self._carried(reader, writer))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        # Cut off when the door closes, which is no failure.
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def _carried(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with _closed_after(writer):
             user = peer_user(writer.get_extra_info("socket"))
             if not self._admits(user):
                 logger.warning("socket %s: a process of user %s was turned away", self._path, user)
@@ -119,10 +135,23 @@ class OwnUserDoor:
             except OSError as error:
                 logger.debug("socket %s: %s", self._inner, error)
                 return
-            with contextlib.closing(further_writer), contextlib.suppress(ExceptionGroup):
-                async with asyncio.TaskGroup() as both:
-                    both.create_task(_pump(reader, further_writer))
-                    both.create_task(_pump(further_reader, writer))
+            async with _closed_after(further_writer):
+                with contextlib.suppress(ExceptionGroup):
+                    async with asyncio.TaskGroup() as both:
+                        both.create_task(_pump(reader, further_writer))
+                        both.create_task(_pump(further_reader, writer))
+
+
+@contextlib.asynccontextmanager
+async def _closed_after(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """``writer`` is closed when the block ends, and how its connection ended is heard: else asyncio logs it later."""
+    try:
+        yield
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await writer.wait_closed()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -118,6 +118,35 @@ def test_a_door_whose_thread_cannot_listen_is_one_clear_error_and_leaves_no_sock
     assert not path.exists()
 
 
+# A door that closes while connections through it are open at both ends.
+CUT_OFF = """
+import gc, socket, sys
+from pathlib import Path
+from clients.own_user import OwnUserDoor
+
+path = Path(sys.argv[1])
+inner = path.parent / "in"
+listener = socket.create_server(str(inner), family=socket.AF_UNIX)
+held = []
+with OwnUserDoor(path, inner):
+    for _ in range(5):
+        outer = socket.socket(socket.AF_UNIX)
+        outer.connect(str(path))
+        held += [outer, listener.accept()[0]]
+gc.collect()
+print([end.recv(1) for end in held])
+for end in (*held, listener):
+    end.close()
+"""
+
+
+def test_what_is_under_way_is_cut_off_at_the_end_without_a_word_in_the_log(path):
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", CUT_OFF, path], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == (f"{[b''] * 10}\n", "")
+
+
 def test_a_folder_that_is_another_users_is_refused(path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: path.parent.stat().st_uid + 1)
     with pytest.raises(DocumentRefused, match="choose one of your own"), AgentServer(Gate(bytes), path):
