@@ -29,6 +29,12 @@ def publish(folder: Path, job: str, to: Path, licence: str, cache: Path, *, part
     verified first, and the ONNX file is held against the release. The coordinator's ledger says what was published.
     """
     try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(
+            f"{cache}: cannot be made ({error.strerror}); choose another folder", param_hint="--cache"
+        ) from error
+    try:
         # Imported here: onnx, and torch where the backbone is not exported yet.
         from server.publishing import Wish, publish_bundle  # noqa: PLC0415
 

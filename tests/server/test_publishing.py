@@ -287,6 +287,30 @@ def test_the_three_commands_say_what_was_done_and_what_holds(federation, cache, 
     assert f"{3 * len(NAMES)} receipts of {len(NAMES)} sites" in held
 
 
+def test_a_cache_for_the_backbone_is_made_where_there_is_none(federation, tmp_path, monkeypatch):
+    made = tmp_path / "runs" / "cache" / "backbones"
+    arguments = list(map(str, ("publish", federation.root, "--to", tmp_path / "bundle", "--cache", made)))
+
+    # The real one takes half a minute to export.
+    monkeypatch.setattr("fedgrade.model.backbones.export", lambda _spec, _backbone: small_backbone())
+    published = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert published.exit_code == 0, published.output
+    assert [path.suffix for path in made.iterdir()] == [".onnx"]
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_its_option(federation, tmp_path):
+    (tmp_path / "runs").write_text("a file in its way")
+    refused = CliRunner().invoke(
+        cli,
+        list(
+            map(str, ("publish", federation.root, "--to", tmp_path / "bundle", "--cache", tmp_path / "runs" / "cache"))
+        ),
+    )
+    assert refused.exit_code == 2
+    assert "--cache" in refused.output
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_verifier_is_told_whose_receipts_it_could_not_check(federation, bundle, cache, tmp_path):
     shorter = Roster(coordinator=federation.roster.coordinator, sites={NAMES[0]: federation.roster.sites[NAMES[0]]})
     path = tmp_path / "roster.json"
