@@ -56,6 +56,7 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
     # Once at the start, so that an operator who is there sees at once what is wrong with it, or with the device.
     read_policy()
     logger.info("networks run on %s", torch_device(settings.device))
+    _require_photos(site)
     cohorts = {
         name: CohortData(
             manifest=read_own_file(site.path(cohort.manifest), what="manifest", limit=MAX_MANIFEST_BYTES),
@@ -79,6 +80,15 @@ def open_site(site: SiteFolder) -> tuple[Site, Charging]:
         Site(identity=identity, data=data, rules=rules, charging=charging, outbox=outbox, members=members),
         charging,
     )
+
+
+def _require_photos(site: SiteFolder) -> None:
+    photos = site.path(site.settings.photos)
+    if not photos.is_dir():
+        raise DocumentRefused(
+            f"photos {photos}: no such folder; correct `photos` in site.yaml, where `~` stands for nothing: a path is "
+            "absolute, or starts from the file's own folder"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

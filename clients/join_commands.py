@@ -3,6 +3,7 @@
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,21 +12,33 @@ from fedgrade.trust.enrolment import MAX_PAPER_BYTES, JoinRequest
 
 SITE_FILE = click.Path(path_type=Path, dir_okay=False)
 _BACKBONE = "tf_efficientnet_lite0"
+_ITEMS = click.IntRange(min=1)
+
+
+class _FromHome(click.Path):
+    """A path whose ``~`` is the home folder also where no shell has seen to that: at a prompt, within quotes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, checked."""
+        try:
+            return super().convert(Path(value).expanduser(), param, ctx)
+        except RuntimeError as error:
+            self.fail(f"{value}: {error}", param, ctx)
+
+
+_PHOTOS = _FromHome(path_type=Path, file_okay=False, exists=True)
+_MANIFEST = _FromHome(path_type=Path, dir_okay=False, exists=True)
 
 
 @click.command(
     epilog="Example: fedgrade site init ~/fedgrade --site recycler-a --photos ~/photos --manifest ~/manifest.csv "
     "--declared-items 400 --grades 'intact,probably intact,probably defective,defective'"
 )
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", type=_FromHome(path_type=Path, file_okay=False))
 @click.option("--site", help="The name you want on the roster, for life: a-z, 0-9 and hyphens.")
-@click.option("--photos", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Folder of the photos.")
-@click.option(
-    "--manifest", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="CSV, one row a photo; checked."
-)
-@click.option(
-    "--declared-items", type=click.IntRange(min=1), help="Training items that you publish; round it, it is no secret."
-)
+@click.option("--photos", type=_PHOTOS, help="Folder of the photos.")
+@click.option("--manifest", type=_MANIFEST, help="CSV, one row a photo; checked.")
+@click.option("--declared-items", type=_ITEMS, help="Training items that you publish; round it, it is no secret.")
 @click.option("--grades", help="The labels you grade by, best to worst, between commas.")
 @click.option("--lineage", help="Names the data set for life, as budgets hang on it; the site's name by default.")
 @click.option("--cohort", help="Names this batch of items; the month by default.")
@@ -61,11 +74,11 @@ def init(
     from clients.templates import PolicyValues, SiteValues  # noqa: PLC0415
 
     now = datetime.now(UTC)
-    name = _asked(site, "--site", "Name on the roster, for life (a-z, 0-9, hyphens)")
-    photo_folder = photos or Path(_asked(None, "--photos", "Folder of the photos"))
-    manifest_file = manifest or Path(_asked(None, "--manifest", "Manifest (CSV)"))
-    declared = declared_items or int(_asked(None, "--declared-items", "Training items to publish, rounded"))
-    labels = _asked(grades, "--grades", "Grades, best to worst, between commas")
+    name: str = _asked(site, "--site", "Name on the roster, for life (a-z, 0-9, hyphens)")
+    photo_folder: Path = _asked(photos, "--photos", "Folder of the photos", kind=_PHOTOS)
+    manifest_file: Path = _asked(manifest, "--manifest", "Manifest (CSV)", kind=_MANIFEST)
+    declared: int = _asked(declared_items, "--declared-items", "Training items to publish, rounded", kind=_ITEMS)
+    labels: str = _asked(grades, "--grades", "Grades, best to worst, between commas")
     request = create_site(
         folder,
         SiteValues(
@@ -147,13 +160,13 @@ def _tell(request: JoinRequest, path: Path) -> None:
     click.echo(f"Tell it, over another channel, the fingerprint of {request.site}: {request.key.fingerprint}")
 
 
-def _asked(given: str | None, option: str, question: str) -> str:
-    """``given``, or what the person at the terminal answers to ``question``."""
+def _asked(given: Any, option: str, question: str, *, kind: Any = click.STRING) -> Any:
+    """``given``, or what the person at the terminal answers to ``question``, asked until it is of its ``kind``."""
     if given is not None:
         return given
     if not sys.stdin.isatty():
         raise click.UsageError(f"Missing option '{option}'; or run this at a terminal, where it is asked for.")
-    return str(click.prompt(question))
+    return click.prompt(question, type=kind)
 
 
 def _from(folder: Path, path: Path) -> str:

@@ -323,6 +323,26 @@ def test_what_is_missing_is_asked_for_at_a_terminal(home, monkeypatch, capsys):
     assert "Grades, best to worst" in capsys.readouterr().out
 
 
+def test_an_answer_that_cannot_be_is_asked_for_again_and_home_is_found(home, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(home))
+    typed = ["north", "~/fotos", "~/photos", "~/manifest.csv", "abc", "0", "400", ", ".join(GRADES)]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(typed) + "\n"))
+    commands.main(["init", "~/node"], standalone_mode=False)
+    settings = read_site(home / "node" / "site.yaml").settings
+    assert (settings.declared_items, settings.photos) == (400, str(home / "photos"))
+    assert settings.cohorts[f"{datetime.now(UTC):%Y-%m}"].manifest == str(home / "manifest.csv")
+    asked = capsys.readouterr().out
+    assert f"'{home}/fotos' does not exist" in asked
+    assert "'abc' is not a valid integer" in asked
+
+
+def test_a_home_that_nobody_has_is_one_line(home):
+    arguments = ["init", str(home / "node"), "--photos", "~nobody-of-that-name/photos"]
+    refused = CliRunner().invoke(commands, arguments)
+    assert refused.exit_code == 2
+    assert "~nobody-of-that-name/photos" in refused.output
+
+
 @pytest.mark.parametrize("flow", [False, True])
 def test_an_address_is_replaced_where_it_has_a_line_and_otherwise_left_to_the_partner(partner, flow):
     before = partner.read_text()

@@ -66,6 +66,7 @@ def test_a_partner_s_files_as_they_were_written_open(site_file):
         ("site.yaml", "declared_items: 50", "declared_items: 0", "site.cohorts: declared_items 0 must be at least 1"),
         ("site.yaml", "declared_items: 50", "declared_items: many", "declared_items"),
         ("site.yaml", "device: auto", "device: tpu", "device"),
+        ("site.yaml", "photos: ", "photos: ~/photos  # ", "photos .*~/photos: no such folder; correct `photos`"),
         ("site.yaml", "site: recycler-a", "site: recycler-b", "the roster names another key"),
         ("site.yaml", "site: recycler-a", "site: recycler-z", "not on the roster"),
         ("site.yaml", "key: key.pem", "key: nowhere.pem", "key .*nowhere.pem: cannot be read"),
