@@ -57,7 +57,11 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Book:
-    """What ``coordinator/enrolment.json`` seals: all that ever happened, and the number of the newest bundle."""
+    """What ``coordinator/enrolment.json`` seals: all that ever happened, and the number of the newest bundle.
+
+    Guarantee: whatever happens takes a number of its own, which the bundle of then has too. So the bundle, which is
+    never where others keep the book, tells an older book from the newest, also where it says nothing new otherwise.
+    """
 
     schema: Literal["fedgrade/enrolment/1"] = "fedgrade/enrolment/1"
     sequence: int = 0
@@ -102,11 +106,11 @@ def create_coordinator(root: Path, settings: CoordinatorSettings, *, now: dateti
     return key.public
 
 
-def read_book(folder: CoordinatorFolder) -> Book:
+def read_book(folder: CoordinatorFolder, *, least: int = 0) -> Book:
     """The book of ``folder``, as the coordinator signed it.
 
     Raises:
-        DocumentRefused: there is none, or it is older than the newest bundle.
+        DocumentRefused: there is none, or it is older than the newest bundle, or than number ``least``.
         SignatureRefused: it is not what this coordinator signed.
     """
     # First: a bundle is written after the book that it follows from.
@@ -128,10 +132,11 @@ def read_book(folder: CoordinatorFolder) -> Book:
             f"{folder.book}: was not signed by this coordinator ({key.fingerprint}), and nobody is enrolled by it; "
             f"restore the newest copy that was ({error})"
         ) from error
-    if book.sequence < issued:
+    if book.sequence < max(issued, least):
+        newer = f"{folder.bundle} is number {issued}" if issued >= least else f"it was of number {least} before"
         raise DocumentRefused(
-            f"{folder.book}: is of bundle {book.sequence}, and {folder.bundle} is number {issued}: the book was put "
-            "back to an older one, which may enrol who was revoked since; restore its newest copy"
+            f"{folder.book}: is of number {book.sequence}, and {newer}: the book was put back to an older one, which "
+            "may enrol who was revoked since, or a key that was replaced; restore its newest copy"
         )
     return book
 
@@ -188,7 +193,33 @@ def bring_up_to_date(folder: CoordinatorFolder, *, now: datetime) -> None:
     While a run holds the ledger, the run writes the entries, at the end of its stage.
     """
     with _locked(folder, copies=EVERYTHING) as kept:
-        _publish(folder, kept, read_book(folder), now=now)
+        book, key = read_book(folder), SigningKey.load(folder.key)
+        # First: the ledger knows whether this book is an old one.
+        _record(folder, key, now=now)
+        following = replace(book, sequence=book.sequence + 1)
+        bundle = _bundle(folder, following, now=now)
+        _put_roster(folder, bundle.roster)
+        if not _is_issued(folder, bundle, number=book.sequence):
+            # The number first: one that was given out is never given out again.
+            kept.write({BOOK: seal(following, key)})
+            write_durably(folder.bundle, write_bundle(bundle, key))
+
+
+class NewestBook:
+    """One folder's book, read again and again; one that is older than what was read before is refused."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def read(self, folder: CoordinatorFolder) -> Book:
+        """The book of ``folder`` as it is now.
+
+        Raises:
+            DocumentRefused, SignatureRefused: as :func:`read_book`, and where it is older than what was read before.
+        """
+        book = read_book(folder, least=self._number)
+        self._number = book.sequence
+        return book
 
 
 def enrolled_nodes(root: Path) -> EnrolledNodes:
@@ -199,18 +230,19 @@ def enrolled_nodes(root: Path) -> EnrolledNodes:
     """
     folder = CoordinatorFolder(root=root)
     if folder.book.exists():
-        return EnrolledNodes(root, lambda: set(read_book(folder).membership.current), of=folder.book)
+        newest = NewestBook()
+        return EnrolledNodes(root, lambda: set(newest.read(folder).membership.current), of=folder.book)
     return EnrolledNodes(root, lambda: set(folder.read_roster().sites), of=folder.roster)
 
 
-def node_keys(folder: CoordinatorFolder) -> dict[SiteId, str]:
-    """The public transport key of every enrolled site, in OpenSSH form.
+def node_keys(folder: CoordinatorFolder, book_of: Callable[[CoordinatorFolder], Book] = read_book) -> dict[SiteId, str]:
+    """The public transport key of every enrolled site, in OpenSSH form; ``book_of`` reads the book.
 
     Raises:
         DocumentRefused: a file is unreadable or malformed.
     """
     if folder.book.exists():
-        return {site: body.node_key for site, body in read_book(folder).membership.current.items()}
+        return {site: body.node_key for site, body in book_of(folder).membership.current.items()}
     # A federation on one machine: partners' folders are beside the coordinator's.
     sites = folder.read_roster().sites
     return {site: (folder.root / "sites" / site / "node_key.pub").read_text().strip() for site in sites}
@@ -253,33 +285,39 @@ def _public_key(folder: CoordinatorFolder) -> PublicKey:
 
 
 def _append(folder: CoordinatorFolder, kept: Documents, book: Book, *, now: datetime) -> None:
-    kept.write({BOOK: seal(book, SigningKey.load(folder.key))})
-    _publish(folder, kept, book, now=now)
+    """Let ``book``, with something new in it, be the newest, and issue the bundle of its number.
 
-
-def _publish(folder: CoordinatorFolder, kept: Documents, book: Book, *, now: datetime) -> None:
-    key, settings = SigningKey.load(folder.key), read_settings(folder.root)
-    # First: the ledger knows whether this book is an old one.
+    Also of what no bundle shows, such as another connection key: by the number an older book is known.
+    """
+    key, book = SigningKey.load(folder.key), replace(book, sequence=book.sequence + 1)
+    kept.write({BOOK: seal(book, key)})
     _record(folder, key, now=now)
+    bundle = _bundle(folder, book, now=now)
+    _put_roster(folder, bundle.roster)
+    write_durably(folder.bundle, write_bundle(bundle, key))
+
+
+def _bundle(folder: CoordinatorFolder, book: Book, *, now: datetime) -> JoinBundle:
+    """What partners join with by ``book``, under its number."""
+    key, settings = SigningKey.load(folder.key), read_settings(folder.root)
+    authority = certify(folder.root / "superlink", [settings.host], now=now).authority.read_text()
     roster = Roster(coordinator=key.public, sites=book.membership.keys)
+    return JoinBundle(
+        sequence=book.sequence, issued=utc_text(now), address=settings.address, authority=authority, roster=roster
+    )
+
+
+def _put_roster(folder: CoordinatorFolder, roster: Roster) -> None:
     if not folder.roster.exists() or folder.read_roster() != roster:
         write_durably(folder.roster, encode(roster))
-    authority = certify(folder.root / "superlink", [settings.host], now=now).authority.read_text()
-    bundle = JoinBundle(
-        sequence=book.sequence + 1, issued=utc_text(now), address=settings.address, authority=authority, roster=roster
-    )
-    if not _issued(folder, bundle):
-        # The number first: one that was given out is never given out again.
-        kept.write({BOOK: seal(replace(book, sequence=bundle.sequence), key)})
-        write_durably(folder.bundle, write_bundle(bundle, key))
 
 
-def _issued(folder: CoordinatorFolder, bundle: JoinBundle) -> bool:
-    """Whether the newest bundle says what ``bundle`` does, but for its number and date."""
+def _is_issued(folder: CoordinatorFolder, bundle: JoinBundle, *, number: int) -> bool:
+    """Whether the newest bundle has this ``number`` and says what ``bundle`` does otherwise, but for its date."""
     if not folder.bundle.exists():
         return False
     standing = read_bundle(folder.bundle.read_bytes(), what=f"bundle {folder.bundle}")
-    return replace(standing, sequence=bundle.sequence, issued=bundle.issued) == bundle
+    return standing.sequence == number and replace(standing, sequence=bundle.sequence, issued=bundle.issued) == bundle
 
 
 def _record(folder: CoordinatorFolder, key: SigningKey, *, now: datetime) -> None:

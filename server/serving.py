@@ -22,7 +22,7 @@ from server.control import Control
 from server.coordinator_file import NAME, read_settings
 from server.coordinator_folder import CoordinatorFolder
 from server.deployment import Deployment, DeploymentFailed, Listen
-from server.enrolment import bring_up_to_date, node_keys
+from server.enrolment import NewestBook, bring_up_to_date, node_keys
 from server.interrupted_run import InterruptedRun
 from server.local_federation import LocalFederation
 from server.nodes_file import version, write_nodes
@@ -176,6 +176,7 @@ class _NodeList:
     def __init__(self, control: Control, folder: CoordinatorFolder) -> None:
         self._control = control
         self._folder = folder
+        self._newest = NewestBook()
         self._seen: object = None
         self._next = 0.0
 
@@ -202,7 +203,7 @@ class _NodeList:
             DocumentRefused: what says who is enrolled is malformed.
         """
         seen = self._version()
-        wanted = node_keys(self._folder)
+        wanted = node_keys(self._folder, self._newest.read)
         listed = {node.public_key: node.node for node in self._control.nodes()}
         for key in listed.keys() - set(wanted.values()):
             self._control.unregister(listed[key])
@@ -214,4 +215,5 @@ class _NodeList:
         self._seen = seen
 
     def _version(self) -> object:
-        return version(self._folder.book), version(self._folder.roster)
+        # The bundle too: it is written last, and by its number an older book is known.
+        return version(self._folder.book), version(self._folder.roster), version(self._folder.bundle)

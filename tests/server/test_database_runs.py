@@ -5,7 +5,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -22,7 +22,7 @@ from server.coordinate import run_folder
 from server.coordinator_file import settings_yaml
 from server.coordinator_folder import BOOK, CoordinatorFolder
 from server.database import Database, DatabaseUnavailable, UsedElsewhere
-from server.enrolment import bring_up_to_date, create_coordinator, enrol, read_book, revoke
+from server.enrolment import bring_up_to_date, create_coordinator, enrol, node_keys, read_book, revoke
 from server.hold import Hold
 from server.mirror import EVERYTHING
 from tests.federation.small_federation import (
@@ -345,6 +345,19 @@ def test_the_database_knows_of_a_revocation_that_a_copied_folder_missed(tmp_path
     older.book.unlink()
     with older.kept():
         assert older.book.read_bytes() == folder.book.read_bytes()
+
+
+def test_whoever_may_write_to_the_database_brings_no_replaced_connection_key_back(tmp_path, cluster):
+    folder = CoordinatorFolder(root=tmp_path / "federation")
+    create_coordinator(folder.root, replace(SETTINGS, database=cluster.address()), now=NOW)
+    enrol(folder, join_request(number=5), approve=lambda _: None, now=NOW)
+    with folder.kept() as kept:
+        before = kept.read(BOOK)
+    enrol(folder, join_request(number=7, made=NOW + timedelta(days=1)), approve=lambda _: None, now=NOW)
+    with opened(cluster.address(), schema=schema(folder), machine=database_module._machine(folder.root)) as owner:
+        owner.write({BOOK: before})
+    with folder.kept(), pytest.raises(DocumentRefused, match="a key that was replaced"):
+        node_keys(folder)
 
 
 def test_whoever_may_write_to_the_database_enrols_nobody(tmp_path, cluster):

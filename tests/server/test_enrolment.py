@@ -21,6 +21,7 @@ from server.coordinator_folder import CoordinatorFolder
 from server.enrolment import (
     Book,
     Event,
+    NewestBook,
     bring_up_to_date,
     create_coordinator,
     enrol,
@@ -296,6 +297,48 @@ def test_a_signed_book_of_before_a_revocation_brings_nobody_back(folder):
     with pytest.raises(DocumentRefused, match="does not begin with what the coordinator's ledger says"):
         bring_up_to_date(folder, now=NOW)
     assert everything(folder) == before
+
+
+@pytest.mark.parametrize("changed", [{"number": 7}, {"items": 650}], ids=["a connection key", "an item count"])
+def test_a_signed_book_of_before_any_change_is_refused_for_its_number(folder, changed):
+    """Also where neither roster nor bundle says anything new, and while a run keeps the ledger as it was."""
+    enrolled(folder)
+    older, bundle = folder.book.read_bytes(), read_bundle(folder.bundle.read_bytes())
+    with LedgerWriter.open(folder.ledger, key=SigningKey.load(folder.key), observe=lambda _: None):
+        enrolled(folder, request(made=NOW + timedelta(days=1), **changed))
+    assert read_bundle(folder.bundle.read_bytes()).sequence == bundle.sequence + 1
+    folder.book.write_bytes(older)
+    for reads in (node_keys, read_book, lambda own: bring_up_to_date(own, now=NOW)):
+        with pytest.raises(DocumentRefused, match=r"put back to an older one.*a key that was replaced"):
+            reads(folder)
+
+
+def test_a_change_that_a_crash_kept_from_the_bundle_has_its_number_in_the_next_one(folder):
+    enrolled(folder)
+    bundle, older = folder.bundle.read_bytes(), folder.book.read_bytes()
+    enrolled(folder, request(number=7, made=NOW + timedelta(days=1)))
+    folder.bundle.write_bytes(bundle)
+    bring_up_to_date(folder, now=NOW)
+    assert read_bundle(folder.bundle.read_bytes()).sequence == read_book(folder).sequence
+    folder.book.write_bytes(older)
+    with pytest.raises(DocumentRefused, match="put back to an older one"):
+        node_keys(folder)
+
+
+def test_whoever_reads_the_book_again_and_again_takes_none_that_is_older_than_before(folder):
+    """Also where somebody took the bundle away by which its number is known."""
+    enrolled(folder)
+    older = folder.book.read_bytes()
+    enrolled(folder, request(number=7, made=NOW + timedelta(days=1)))
+    write_nodes(folder.root, {"north": 11})
+    newest, nodes = NewestBook(), enrolled_nodes(folder.root)
+    assert node_keys(folder, newest.read) == {"north": node_key(7)}
+    folder.bundle.unlink()
+    folder.book.write_bytes(older)
+    with pytest.raises(DocumentRefused, match=r"is of number 1, and it was of number 2 before"):
+        node_keys(folder, newest.read)
+    with pytest.raises(DocumentRefused, match="was of number 2 before"):
+        dict(nodes)
 
 
 def test_a_revocation_is_seen_at_once_by_whoever_holds_the_nodes(folder):
