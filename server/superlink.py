@@ -209,9 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
     given = parser.parse_args(arguments)
     os.environ.update(QUIET)
-    configure_logs(logging.WARNING)
-    # It has a handler of its own, and would say everything twice.
-    logging.getLogger("flwr").propagate = False
+    # Flower says at INFO who came and what was begun; of all others, warnings are enough.
+    configure_logs(logging.INFO)
+    logging.getLogger().setLevel(logging.WARNING)
+    # It has a handler of its own: coloured text, whatever format the environment asks for.
+    logging.getLogger("flwr").handlers.clear()
     run(
         SuperLinkSettings(
             public_host=given.public_host,
@@ -291,6 +293,8 @@ def _listening(
         lifespan=lifespan,  # type: ignore[arg-type]
         # At "warning" it writes a line for each request that is no HTTP: strangers could fill the disk.
         log_level="error",
+        # Ours: its own writes text, whatever format the environment asks for.
+        log_config=None,
         access_log=False,
         ws="none",
         server_header=False,
