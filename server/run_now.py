@@ -53,7 +53,7 @@ class Refusals:
 
 
 class AwaitedFile:
-    """Writes whom the run waits for into ``folder``, several times a second at most; for one thread."""
+    """Writes whom the run waits for into ``folder``: a new question and its end at once, what is between now and then."""
 
     def __init__(self, folder: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._path = folder / AWAITED
@@ -67,7 +67,9 @@ class AwaitedFile:
         """``sites`` are those that have not answered; told again and again while a question is open."""
         anew = bool(set(sites) - set(self._now.sites))
         self._now = Awaited(asked=utc_text(self._clock()) if anew else self._now.asked, sites=tuple(sorted(sites)))
-        if self._now != self._written and (anew or time.monotonic() - self._at >= _AT_MOST_EVERY_SECONDS):
+        # Who was answered by everybody tells nothing more, and what is left in the file would stay there.
+        at_once = anew or not sites or time.monotonic() - self._at >= _AT_MOST_EVERY_SECONDS
+        if at_once and self._now != self._written:
             _write(self._path, self._now)
             self._written, self._at = self._now, time.monotonic()
 

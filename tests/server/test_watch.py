@@ -23,7 +23,7 @@ from server.coordinator_file import CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder, Patience
 from server.enrolment import create_coordinator
 from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, Refused, read_awaited, read_refusals
-from server.run_record import order_stop, read_record
+from server.run_record import RunKeeper, order_stop, read_record
 from server.runs import KnownRun, known_runs
 from server.watch_command import RunEnded, _Watched
 from server.watch_page import RunView, page, seconds_left
@@ -238,6 +238,37 @@ def test_a_run_that_comes_to_nothing_is_an_error_for_whoever_watches(federation,
     assert "failed: train round 0: 0 sites answered" in str(followed.exception)
 
 
+def test_a_run_that_is_over_has_the_same_status_for_whoever_comes_late(federation, folder, monkeypatch):
+    monkeypatch.setattr("server.watch_command._REFRESH_SECONDS", 0.02)
+    not_begun = typed("watch", folder.root)
+    assert isinstance(not_begun.exception, RunEnded)
+    with federation.answers() as answers:
+        cohort = Moody(answers)
+        cohort.silent = {A, B, C}
+        with pytest.raises(RoundFailed):
+            run_folder(folder, cohort, report=lambda _: None)
+        failed = typed("watch", folder.root)
+        assert isinstance(failed.exception, RunEnded)
+        assert "failed: centre: 0 sites answered" in str(failed.exception)
+        assert typed("watch", folder.root, "--once").exit_code == 0
+        cohort.silent = set()
+        run_folder(folder, cohort, report=lambda _: None)
+    assert typed("watch", folder.root).exit_code == 0
+
+
+def test_an_interrupted_run_is_watched_until_whoever_serves_takes_it_up(federation, folder, monkeypatch):
+    monkeypatch.setattr("server.watch_command._REFRESH_SECONDS", 0.02)
+    RunKeeper(folder.job_folder(planned()), planned())
+    assert isinstance(typed("watch", folder.root).exception, RunEnded)
+    with only_server(folder.root), federation.answers() as answers:
+        run = threading.Timer(0.3, run_folder, (folder, InProcessCohort(sites=answers)), {"report": lambda _: None})
+        run.start()
+        followed = typed("watch", folder.root)
+        run.join()
+    assert followed.exit_code == 0, followed.output
+    assert followed.output.splitlines()[-1].endswith(": released")
+
+
 def test_resume_goes_where_the_partners_are(federation, tmp_path):
     nothing = typed("resume", federation.root)
     assert isinstance(nothing.exception, JobRefused)
@@ -279,6 +310,15 @@ def test_whom_a_question_waits_for_is_told_from_when_it_was_first_asked(tmp_path
     assert read_awaited(tmp_path) == Awaited(asked=utc_text(NOW), sites=(C,))
     file.awaits({A, C})
     assert read_awaited(tmp_path).asked == utc_text(NOW + timedelta(seconds=1))
+
+
+def test_a_question_that_all_have_answered_waits_for_nobody_however_quick_they_were(tmp_path):
+    file = AwaitedFile(tmp_path)
+    for rest in ({A, B, C}, {C}, ()):
+        file.awaits(rest)
+    assert read_awaited(tmp_path).sites == ()
+    file.awaits({A})
+    assert read_awaited(tmp_path).sites == (A,)
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path):
