@@ -41,6 +41,7 @@ from fedgrade.logs import configure_logs
 from server.certificates import ServerCertificates
 from server.connections import Watch
 from server.enrolled_keys import EnrolledKeys
+from server.held_polls import HeldPolls
 from server.listener import GuardedServer
 from server.live_certificate import follow_certificates
 from server.metrics import Application, Metrics, Receive, Scope, Send
@@ -146,9 +147,9 @@ def run(settings: SuperLinkSettings) -> None:
         chosen = runs if scope["type"] == "http" and scope["path"].startswith("/v1/runtime/") else everything
         await chosen(scope, receive, send)
 
-    watch = Watch()
+    watch, polls = Watch(), HeldPolls()
     nodes = SignedRequests(
-        _without(application, _IDLE_FOR_NODES, instead=_OURS_FOR_NODES),
+        polls.holding(_without(application, _IDLE_FOR_NODES, instead=_OURS_FOR_NODES)),
         EnrolledKeys(lambda: _enrolled(application)),
         on_known=watch.know,
     )
@@ -156,7 +157,7 @@ def run(settings: SuperLinkSettings) -> None:
     admin = uvicorn.Server(
         _listening(
             settings.admin_certificates,
-            metrics.counted(admin_door(metrics.served(by_path), token), listener="admin"),
+            metrics.counted(admin_door(metrics.served(polls.noting(by_path)), token), listener="admin"),
             host="127.0.0.1",
             port=settings.admin_port,
         )
