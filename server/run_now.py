@@ -53,7 +53,7 @@ class Refusals:
 
 
 class AwaitedFile:
-    """Writes whom the run waits for into ``folder``: a new question and its end at once, what is between now and then."""
+    """Writes whom the run waits for into ``folder``: a question's beginning and end at once, the rest now and then."""
 
     def __init__(self, folder: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._path = folder / AWAITED
