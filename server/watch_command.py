@@ -75,16 +75,23 @@ def watch(folder: Path, *, once: bool) -> None:
         click.echo(f"{folder}: no job was run here yet")
         return
     console = Console(highlight=False, markup=False)
-    if once or view.run.state != "on":
+    if once:
         console.print(_page(view, console))
         return
+    if watched.over(view):
+        console.print(_page(view, console))
+    else:
+        view = _followed(watched, view, console)
+    if view.run.state != "released":
+        raise RunEnded(end_line(view.run))
+
+
+def _followed(watched: "_Watched", view: RunView, console: Console) -> RunView:
     try:
-        view = _live(watched, view, console) if console.is_terminal else _lines(watched, view)
+        return _live(watched, view, console) if console.is_terminal else _lines(watched, view)
     except KeyboardInterrupt:
         click.echo("The run goes on without you.")
         raise
-    if view.run.state != "released":
-        raise RunEnded(end_line(view.run))
 
 
 class _Watched:

@@ -2,18 +2,15 @@
 
 import threading
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 from fedgrade.cli import cli
 from fedgrade.errors import JobRefused, RoundFailed
 from fedgrade.federation.in_process import InProcessCohort
-from fedgrade.federation.progress import Progress
-from fedgrade.federation.rounds import Stage
 from fedgrade.job import plan_job
 from fedgrade.trust.enrolment import utc_text
 from server import progress_file
@@ -22,15 +19,14 @@ from server.coordinate import run_folder
 from server.coordinator_file import CoordinatorSettings
 from server.coordinator_folder import CoordinatorFolder, Patience
 from server.enrolment import create_coordinator
-from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, Refused, read_awaited, read_refusals
+from server.run_now import Awaited, AwaitedFile, Refusals, RefusalsFile, read_awaited, read_refusals
 from server.run_record import RunKeeper, order_stop, read_record
-from server.runs import KnownRun, known_runs
+from server.runs import known_runs
 from server.watch_command import RunEnded, _Watched
-from server.watch_page import RunView, page, seconds_left
 from tests.federation.small_federation import DECLARED, NAMES, POLICY, SmallFederation, quick_noise, with_privacy
+from tests.server.run_view import NOW, big, stage
 
 A, B, C = NAMES
-NOW = datetime(2026, 11, 21, 14, 30, tzinfo=UTC)
 ROUNDS = 3
 
 
@@ -249,7 +245,7 @@ def test_a_run_that_is_over_has_the_same_status_for_whoever_comes_late(federatio
             run_folder(folder, cohort, report=lambda _: None)
         failed = typed("watch", folder.root)
         assert isinstance(failed.exception, RunEnded)
-        assert "failed: centre: 0 sites answered" in str(failed.exception)
+        assert ": failed: admission: 0 sites answered" in str(failed.exception)
         assert typed("watch", folder.root, "--once").exit_code == 0
         cohort.silent = set()
         run_folder(folder, cohort, report=lambda _: None)
@@ -339,89 +335,6 @@ def test_torn_lines_and_those_of_other_versions_are_passed_over(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"stage": 3, "sta')
     assert progress_file.read_progress(path) == (stage(1), stage(2))
-
-
-def stage(number, *, stages=62, sites=20, **absent):
-    return Progress(
-        stage=number, stages=stages, purpose="train", answered=sites - len(absent), participants=sites,
-        finished=utc_text(NOW - timedelta(seconds=30 * (24 - number))),
-        absent={name.replace("_", "-"): how for name, how in absent.items()},
-    )  # fmt: skip
-
-
-def big(*, sites=20, rounds=60, done=23):
-    """A view of a run with something of everything."""
-    names = tuple(f"site-{number:02d}" for number in range(sites))
-    training = (Stage(purpose="train", round_index=index) for index in range(rounds))
-    stages = (Stage(purpose="centre", round_index=0), *training, Stage(purpose="evaluate", round_index=0))
-    progress = []
-    for number in range(1, done + 1):
-        absent = {"site_04": "refused" if number == 1 else "out"}
-        if number >= 20:
-            absent["site_07"] = "silent" if number == 20 else "resting"
-        progress.append(stage(number, stages=len(stages), sites=sites, **absent))
-    run = KnownRun(
-        job="3f9a12c0d4e5b677", name="pumps\x1b[2J", began=utc_text(NOW - timedelta(minutes=13)), changed=utc_text(NOW),
-        done=done, stages=len(stages), epsilon=4.0, state="on",
-    )  # fmt: skip
-    return RunView(
-        run=run, participants=names, stages=stages, progress=tuple(progress),
-        awaited=Awaited(asked=utc_text(NOW - timedelta(seconds=80)), sites=(names[2],)),
-        refusals=Refusals(sites={names[4]: Refused(time=utc_text(NOW), words="refused (budget): spent\x07")}),
-        revoked=frozenset(),
-    )  # fmt: skip
-
-
-def shown(view, *, width=80, height=40):
-    console = Console(width=width, height=height, color_system=None, markup=False, highlight=False)
-    with console.capture() as captured:
-        console.print(page(view, width=width, height=height, now=NOW))
-    return captured.get().rstrip("\n").splitlines()
-
-
-def test_twenty_sites_and_sixty_rounds_fit_a_terminal_of_80_columns():
-    lines = shown(big())
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= 80
-    rows = {line.split()[0]: line.split()[1] for line in lines if line.startswith("site-") and len(line.split()) == 2}
-    assert len(rows) == 20
-    assert {len(cells) for cells in rows.values()} == {62}
-    assert rows["site-00"] == "■" * 23 + "·" * 39
-    assert rows["site-02"] == "■" * 23 + "?" + "·" * 38
-    assert rows["site-04"] == "x" + "-" * 22 + "·" * 39
-    assert rows["site-07"] == "■" * 19 + "ozzz" + "·" * 39
-    text = "\n".join(lines)
-    assert "23 of 62 stages done, now training round 23 of 60" in text
-    assert "0:13:00 ago; about 0:19:" in text
-    assert "Waiting for site-02: asked 0:01:20 ago" in text
-    assert "site-07 missing since stage 20" in text
-    assert "site-04 missing since stage 1" in text
-    # Names and refusals are other people's.
-    assert "\x1b" not in text
-    assert "\x07" not in text
-
-
-@pytest.mark.parametrize(("sites", "height"), [(20, 24), (60, 24), (200, 40), (20, 10)])
-def test_where_lines_are_few_those_that_miss_something_are_shown(sites, height):
-    lines = shown(big(sites=sites), height=height)
-    assert len(lines) <= max(height, 16)
-    assert any(line.startswith("site-07  ") for line in lines)
-    assert any("more sites, which have answered every stage so far" in line for line in lines)
-
-
-def test_where_columns_are_few_a_cell_is_the_worst_of_several_stages():
-    lines = shown(big(rounds=500))
-    (row,) = [line.split()[1] for line in lines if line.startswith("site-07  ")]
-    assert len(row) <= 80
-    assert row.startswith("■■o·")
-    assert "A column is 8 stages" in "\n".join(lines)
-
-
-def test_what_is_left_is_foretold_from_the_last_stages():
-    view = big()
-    assert seconds_left(view, now=NOW) == pytest.approx(30 * 39 - 30)
-    assert seconds_left(replace(view, progress=view.progress[:1]), now=NOW) is None
-    assert seconds_left(replace(view, run=replace(view.run, state="failed")), now=NOW) is None
 
 
 def test_help_has_an_example():
