@@ -29,7 +29,7 @@ def answer(message: Message, context: Context) -> Message:
     """The site's reply to ``message``.
 
     Raises:
-        MessageRefused: the message is not one record with one field of bytes.
+        MessageRefused: the message is not the pieces of an envelope.
         AgentUnavailable: the site's process does not answer; Flower sends an error in the reply's place.
     """
     with AgentClient(_socket(context)) as agent:
