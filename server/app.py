@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run_directory = _run_directory(context)
         watch = AwaitedFile(run_directory / "coordinator").awaits
-        coordinate(run_directory, GridCohort(grid, enrolled_nodes(run_directory), watch=watch))
+        coordinate(run_directory, GridCohort(grid, enrolled_nodes(run_directory), watch=watch), watch=watch)
     except FedgradeError as error:
         logger.error("run failed: %s", error)  # noqa: TRY400 -- the line says it all; Flower adds its own trace
         raise RunFailed(f"{type(error).__name__}: {error}") from None

@@ -11,7 +11,7 @@ from functools import partial
 from fedgrade.aggregation.mean import mean_of_updates, sum_of_releases
 from fedgrade.aggregation.secure_sum.signed import open_share_key
 from fedgrade.errors import FedgradeError, StoreUnavailable
-from fedgrade.federation.exchange import RESENDS, Exchange, Received
+from fedgrade.federation.exchange import Exchange, Received
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.messages import AdmitRequest, Admitted, ContributeRequest, Refusal
 from fedgrade.federation.payloads import read_release
@@ -19,6 +19,7 @@ from fedgrade.federation.resting import Resting
 from fedgrade.federation.store import RunStore
 from fedgrade.federation.sum_conversation import SumConversation
 from fedgrade.federation.sum_task import sums
+from fedgrade.federation.turns import RESENDS, Turns
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import SigningKey, SiteId
 from fedgrade.trust.records import LedgerState, PoissonGaussian, Purpose
@@ -64,10 +65,10 @@ class Conversation:
             time.sleep(min(_ASK_AGAIN_SECONDS, left))
             admitted |= self._admitted(frozenset(self._exchange.waiting))
         self._exchange.keep(admitted)
-        self._exchange.require_enough(len(admitted), what="admission")
+        self._exchange.require_enough(admitted, what="admission")
         # Nobody should pay for the training of a model that cannot be measured in the end.
         shy = dict.fromkeys(sorted(admitted - self._evaluating), "does not evaluate, by its policy.releases")
-        self._exchange.require_enough(len(admitted & self._evaluating), what="evaluation", missing=shy)
+        self._exchange.require_enough(admitted & self._evaluating, what="evaluation", missing=shy)
 
     def gather(self, purpose: Purpose, round_index: int, tensors: bytes) -> Gathered:
         """One stage's result from the sites that take part, who are shown the arrays ``tensors``.
@@ -81,7 +82,7 @@ class Conversation:
         if sums(self._exchange.job):
             return self._sums.gather(purpose, round_index, tensors)
         received = self._each(purpose, round_index, tensors)
-        self._exchange.require_enough(len(received), what=f"{purpose} round {round_index}")
+        self._exchange.require_enough(received, what=f"{purpose} round {round_index}")
         job = self._exchange.job
         if isinstance(job.plan.mechanism(purpose), PoissonGaussian):
             result = mean_of_updates([(one.release, job.declared_items[site]) for site, one in received.items()])
@@ -92,7 +93,9 @@ class Conversation:
     def _admitted(self, sites: Collection[SiteId]) -> set[SiteId]:
         """Those of ``sites`` that take part."""
         admitted = set[SiteId]()
-        for resend in range(1 + RESENDS):
+        patience = self._exchange.deadline_seconds
+        turns, asking = Turns(patience, each_seconds=patience), True
+        while asking:
             silent = {
                 site: AdmitRequest(
                     job_envelope=self._envelope, seen=self._exchange.witness.seen(site), ledger=self._ledger
@@ -102,16 +105,14 @@ class Conversation:
             }
             if not silent:
                 break
-            began = time.monotonic()
+            # A turn of its own length: a site that is slow to let itself be shown a job has it all, each time.
             replies = self._exchange.ask(silent)
             for site, reply in replies.items():
                 body = reply.document.body
                 if isinstance(body, Admitted) and self._watched(site, body) and self._keyed(site, body):
                     admitted.add(site)
                     (self._evaluating.add if body.evaluates else self._evaluating.discard)(site)
-            if resend < RESENDS:
-                company, patience = len(self._exchange.active), self._exchange.deadline_seconds
-                self._exchange.wait_for_return(silent, replies, company=company, began=began, patience=patience)
+            asking = self._exchange.asks_again(turns, silent, replies, company=self._exchange.active)
         return admitted
 
     def _watched(self, site: SiteId, body: Admitted) -> bool:
@@ -149,16 +150,18 @@ class Conversation:
         minimum = self._exchange.job.spec.aggregation.minimum_sites
         awake = self._resting.awake(self._exchange.active, at_least=minimum)
         attempts = dict.fromkeys(awake, 0)
-        for resend in range(1 + RESENDS):
+        patience = self._exchange.deadline_seconds
+        turns, asking = Turns(patience, each_seconds=patience / (1 + RESENDS)), True
+        while asking:
             asked = {
                 site: ContributeRequest(purpose=purpose, round_index=round_index, attempt=attempts[site])
                 for site in awake
-                if site in self._exchange.active and site not in received
+                # Each attempt may be charged.
+                if site in self._exchange.active and site not in received and attempts[site] <= RESENDS
             }
             if not asked:
                 break
-            patience, began = self._exchange.deadline_seconds / (1 + RESENDS), time.monotonic()
-            replies = self._exchange.ask(asked, tensors=tensors, deadline_seconds=patience)
+            replies = self._exchange.ask(asked, tensors=tensors, deadline_seconds=turns.seconds)
             for site, reply in replies.items():
                 body = reply.document.body
                 if isinstance(body, Refusal) and body.code == "spent":
@@ -168,8 +171,7 @@ class Conversation:
                 if one := self._exchange.received(site, reply, attempt=attempts[site], read=read):
                     received[site] = one
                     self._resting.back(site)
-            if resend < RESENDS:
-                self._exchange.wait_for_return(asked, replies, company=len(awake), began=began, patience=patience)
+            asking = self._exchange.asks_again(turns, asked, replies, company=awake)
         for site in awake:
             # Whoever says that it cannot just now costs no time, and is asked again in every stage.
             if site in self._exchange.active and site not in received and site not in self._exchange.unable:

@@ -6,6 +6,7 @@ A reply that does not verify counts as silence and is logged.
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from fedgrade.federation.messages import (
     write_message,
 )
 from fedgrade.federation.progress import Absence
+from fedgrade.federation.turns import Turns
 from fedgrade.federation.witness import Witness
 from fedgrade.job import TrainingJob
 from fedgrade.trust.canonical import digest
@@ -35,9 +37,9 @@ from fedgrade.trust.records import Commit, LedgerState
 
 logger = logging.getLogger(__name__)
 
-RESENDS = 2
-# For a site that died to be started again, and to be let in.
-_RETURN_SECONDS = 20.0
+# Within this time whoever waits for a site notices that it was revoked.
+_LOOK_SECONDS = 1.0
+_REVOKED = "was revoked"
 # Refusals after which the same site may answer the next question.
 PASSING: frozenset[RefusalCode] = frozenset({"spent", "attempt"})
 _NOT_NOW: frozenset[RefusalCode] = frozenset({"ledger", "waiting"})
@@ -67,6 +69,21 @@ def unheard(_site: SiteId, _words: str) -> None:
     """Where nobody wants to hear of refusals."""
 
 
+Watch = Callable[[Collection[SiteId]], None]
+
+
+def unwatched(_awaited: Collection[SiteId]) -> None:
+    """Where nobody wants to see who is waited for."""
+
+
+Revoked = Callable[[], AbstractSet[SiteId]]
+
+
+def nobody_revoked() -> AbstractSet[SiteId]:
+    """Where nobody keeps a book of who is enrolled."""
+    return frozenset()
+
+
 class Exchange:
     """Who of a job's participants takes part, and what they say."""
 
@@ -79,8 +96,21 @@ class Exchange:
         deadline_seconds: float,
         *,
         hear: Hear = unheard,
+        watch: Watch = unwatched,
+        revoked: Revoked = nobody_revoked,
     ) -> None:
-        """Nothing is asked yet; ``hear`` is told in words whenever a site refuses, or is put out."""
+        """Nothing is asked yet.
+
+        Args:
+            job: about which.
+            cohort: carries the bytes.
+            key: the coordinator's.
+            witness: what was seen of sites' ledgers.
+            deadline_seconds: for one stage.
+            hear: told in words whenever a site refuses, or is put out.
+            watch: told every second, in pauses between questions, who is waited for.
+            revoked: says who was revoked by now.
+        """
         self.job = job
         self.witness = witness
         self.deadline_seconds = deadline_seconds
@@ -92,6 +122,8 @@ class Exchange:
         self.unable: dict[SiteId, str] = {}
         self.waiting: set[SiteId] = set()
         self._hear = hear
+        self._watch = watch
+        self._revoked = revoked
         # In the stage that is on.
         self._asked: set[SiteId] = set()
         self._refusing: set[SiteId] = set()
@@ -117,7 +149,8 @@ class Exchange:
         passing: Collection[RefusalCode] = PASSING,
     ) -> dict[SiteId, Opened[Reply]]:
         """Verified replies to ``bodies``; a refusal puts its site out of the job, unless its code is ``passing``."""
-        requests = {site: self._request(site, body, tensors) for site, body in bodies.items()}
+        self._strike_off()
+        requests = {site: self._request(site, bodies[site], tensors) for site in bodies if site in self.active}
         self._asked.update(requests)
         replies: dict[SiteId, Opened[Reply]] = {}
         deadline = self.deadline_seconds if deadline_seconds is None else deadline_seconds
@@ -185,22 +218,31 @@ class Exchange:
         self._out.update(self.unable)
         self.active = tuple(site for site in self.active if site in admitted)
 
-    def require_enough(self, answered: int, *, what: str, missing: Mapping[SiteId, str] = MappingProxyType({})) -> None:
+    def require_enough(
+        self, answered: Collection[SiteId], *, what: str, missing: Mapping[SiteId, str] = MappingProxyType({})
+    ) -> None:
         """Return if as many sites answered as the job asks for; ``missing`` says why others did not.
 
         Raises:
-            RoundFailed: names who stays out and why.
+            RoundFailed: names everybody else, and why; also that nothing helps, where too many were revoked.
         """
         wanted = self.job.spec.aggregation.minimum_sites
-        if answered < wanted:
-            reasons: dict[str, list[SiteId]] = {}
-            for site, why in {**missing, **self.unable, **self._out}.items():
-                reasons.setdefault(why, []).append(site)
-            named = "; ".join(f"{', '.join(who)} {why}" for why, who in reasons.items())
-            raise RoundFailed(
-                f"{what}: {answered} sites answered, aggregation.minimum_sites is {wanted}; "
-                + (named or "the others stayed silent")
-            )
+        if len(answered) >= wanted:
+            return
+        self._strike_off()
+        known = {**missing, **self.unable, **self._out}
+        reasons: dict[str, list[SiteId]] = {}
+        for site in self.job.participants:
+            if site not in answered:
+                silence = "did not answer" if site in self._asked else "was not asked, because it had been silent"
+                reasons.setdefault(known.get(site, silence), []).append(site)
+        named = "; ".join(f"{', '.join(who)} {why}" for why, who in reasons.items())
+        lost = ""
+        if len(self.job.participants) - len(self._revoked() & set(self.job.participants)) < wanted:
+            lost = "; without who was revoked this job cannot go on"
+        raise RoundFailed(
+            f"{what}: {len(answered)} sites answered, aggregation.minimum_sites is {wanted}; {named}{lost}"
+        )
 
     def _absence(self, site: SiteId) -> Absence:
         if site in self._refusing:
@@ -218,18 +260,40 @@ class Exchange:
         if body.code not in PASSING:
             self._hear(site, _words(body))
 
-    def wait_for_return(
-        self, asked: Collection[SiteId], replies: Collection[SiteId], *, company: int, began: float, patience: float
-    ) -> None:
-        """Before the silent of ``asked`` are asked again: wait, if without them the rest of the ``company`` is too few.
+    def asks_again(
+        self, turns: Turns, asked: Collection[SiteId], replies: Collection[SiteId], *, company: Collection[SiteId]
+    ) -> bool:
+        """Whether to ask the silent of ``asked`` once more, after a pause where the rest of ``company`` is too few.
 
-        Who is offline is known at once, and a question to it costs no time; three in a row would end the job while a
-        site that was killed is being started again. Never beyond ``patience`` seconds after ``began`` (monotonic).
+        Who is offline, or paused, is known at once, and a question to it costs no time: three in a row would end the
+        job while a site is being started again. It is asked as long as the patience lasts, more and more seldom.
         """
-        silent = [site for site in asked if site in self.active and site not in replies and site not in self.unable]
-        if silent and company - len(silent) < self.job.spec.aggregation.minimum_sites <= company:
-            end = min(began + patience, time.monotonic() + _RETURN_SECONDS)
-            time.sleep(max(0.0, end - time.monotonic()))
+        turns.over()
+        silent = self._silent(asked, replies)
+        if self._needs(silent, company) and (pause := turns.pause_seconds()) > 0:
+            end = time.monotonic() + pause
+            while self._needs(silent, company) and (left := end - time.monotonic()) > 0:
+                self._watch(silent)
+                time.sleep(min(left, _LOOK_SECONDS))
+                self._strike_off()
+                silent = self._silent(asked, replies)
+            return True
+        return turns.left
+
+    def _silent(self, asked: Collection[SiteId], replies: Collection[SiteId]) -> list[SiteId]:
+        """Those of ``asked`` of whom nothing was heard."""
+        return [site for site in asked if site in self.active and site not in replies and site not in self.unable]
+
+    def _needs(self, silent: Collection[SiteId], company: Collection[SiteId]) -> bool:
+        """Whether ``company`` is enough with ``silent``, and too few without."""
+        here = sum(site in self.active for site in company)
+        return bool(silent) and here - len(silent) < self.job.spec.aggregation.minimum_sites <= here
+
+    def _strike_off(self) -> None:
+        """Whoever was revoked meanwhile is out: a pause for it would be for nothing."""
+        gone = self._revoked()
+        for site in [site for site in self.active if site in gone]:
+            self.put_out(site, _REVOKED)
 
     def _request(self, site: SiteId, body: Asked, tensors: bytes) -> bytes:
         request = Request(site=site, job=self.job.digest, body=body, tensors_digest=digest(tensors))

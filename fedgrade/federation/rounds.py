@@ -22,7 +22,16 @@ from fedgrade.aggregation.mean import (
 from fedgrade.errors import DocumentRefused, LedgerBroken, ModelRefused, SignatureRefused
 from fedgrade.evaluation import ConfusionCounts, metrics
 from fedgrade.federation.conversation import Conversation
-from fedgrade.federation.exchange import Cohort, Exchange, Hear, unheard
+from fedgrade.federation.exchange import (
+    Cohort,
+    Exchange,
+    Hear,
+    Revoked,
+    Watch,
+    nobody_revoked,
+    unheard,
+    unwatched,
+)
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.payloads import Head, write_head
 from fedgrade.federation.progress import Progress
@@ -52,9 +61,9 @@ class Stage:
 class Coordinator:
     """The coordinator's identity, what it saw of others' ledgers, its clock and its ways to report.
 
-    ``report`` is given each finished stage, ``hear`` what a site refuses with. ``deadline_seconds`` bounds the wait for
-    one stage, ``admission_seconds`` that for sites which wait for a person, or for their own hours, before they take
-    part.
+    ``report`` is given each finished stage, ``hear`` what a site refuses with, ``watch`` who is waited for in pauses
+    between questions; ``revoked`` says who was struck off by now. ``deadline_seconds`` bounds the wait for one stage,
+    ``admission_seconds`` that for sites which wait for a person, or for their own hours, before they take part.
     """
 
     key: SigningKey
@@ -64,6 +73,8 @@ class Coordinator:
     deadline_seconds: float
     admission_seconds: float = 0.0
     hear: Hear = unheard
+    watch: Watch = unwatched
+    revoked: Revoked = nobody_revoked
 
 
 def stages_of(job: TrainingJob) -> tuple[Stage, ...]:
@@ -90,7 +101,14 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     if standing := _released_before(job, coordinator=coordinator, store=store, log=log):
         return standing
     exchange = Exchange(
-        job, cohort, coordinator.key, coordinator.witness, coordinator.deadline_seconds, hear=coordinator.hear
+        job,
+        cohort,
+        coordinator.key,
+        coordinator.witness,
+        coordinator.deadline_seconds,
+        hear=coordinator.hear,
+        watch=coordinator.watch,
+        revoked=coordinator.revoked,
     )
     state, stages = store.load(job) or _start(job), stages_of(job)
     if state.closing is not None:

@@ -6,7 +6,6 @@ which others paid for is left alone the longer, whether it lies or is only unluc
 """
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from fedgrade.aggregation.secure_sum.documents import SumSurvivors, SumTerms, Su
 from fedgrade.aggregation.secure_sum.evidence import SumEvidence
 from fedgrade.errors import FedgradeError, RoundFailed, StoreUnavailable
 from fedgrade.federation.charging import Ask
-from fedgrade.federation.exchange import PASSING, RESENDS, Exchange, Received
+from fedgrade.federation.exchange import PASSING, Exchange, Received
 from fedgrade.federation.gathered import Gathered
 from fedgrade.federation.messages import (
     Asked,
@@ -38,6 +37,7 @@ from fedgrade.federation.payloads import read_masked
 from fedgrade.federation.resting import Resting
 from fedgrade.federation.store import BegunSum, RunStore
 from fedgrade.federation.sum_task import sum_task
+from fedgrade.federation.turns import RESENDS, Turns
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.identity import SiteId
 from fedgrade.trust.records import Purpose
@@ -174,7 +174,7 @@ class SumConversation:
             RoundFailed: too few are left to ask.
         """
         company = self._company(stage.absent)
-        self._exchange.require_enough(len(company), what=stage.what, missing=stage.missing)
+        self._exchange.require_enough(company, what=stage.what, missing=stage.missing)
         ask = replace(stage.ask, attempt=attempt)
         task = sum_task(self._exchange.job, ask, weights_digest=digest(stage.tensors), participants=len(company))
         keys = {site: self._share_keys[site] for site in company if task.tolerated_dropouts}
@@ -300,9 +300,10 @@ class SumConversation:
         Without more than ``spare`` of those asked, the attempt is over, and nobody else is waited for.
         """
         phases = 4 if terms.task.tolerated_dropouts else 2
-        patience = self._exchange.deadline_seconds / (phases * (1 + RESENDS))
+        patience = self._exchange.deadline_seconds / phases
+        turns, asking = Turns(patience, each_seconds=patience / (1 + RESENDS)), True
         answers = _Answers()
-        for resend in range(1 + RESENDS):
+        while asking:
             waiting = {
                 site: body for site, body in bodies.items() if site in self._exchange.active and site not in answers
             }
@@ -310,12 +311,10 @@ class SumConversation:
                 break
             if len(answers.behind) + len(answers.lost) > spare:
                 return answers
-            began = time.monotonic()
-            replies = self._exchange.ask(waiting, tensors=tensors, deadline_seconds=patience, passing=_PASSING)
+            replies = self._exchange.ask(waiting, tensors=tensors, deadline_seconds=turns.seconds, passing=_PASSING)
             for site, reply in replies.items():
                 _sort(site, reply, accept, answers)
-            if resend < RESENDS:
-                self._exchange.wait_for_return(waiting, replies, company=len(bodies), began=began, patience=patience)
+            asking = self._exchange.asks_again(turns, waiting, replies, company=bodies)
         answers.lost.update({site: "did not answer" for site in bodies if site not in answers})
         return answers
 

@@ -210,6 +210,7 @@ class SmallFederation:
         *,
         report: Callable[[Progress], None] = lambda _: None,
         admission_seconds: float = 0.0,
+        **surroundings: object,
     ) -> str:
         """Run ``job`` as its coordinator would, from wherever its checkpoint stands."""
         coordinator = Coordinator(
@@ -217,8 +218,8 @@ class SmallFederation:
             witness=self.witness(),
             clock=self.clock,
             report=report,
-            deadline_seconds=1.0,
             admission_seconds=admission_seconds,
+            **{"deadline_seconds": 1.0, **surroundings},
         )
         with self.log() as log:
             return run_job(job, cohort, coordinator=coordinator, store=self.store(job), log=log)

@@ -308,6 +308,18 @@ def test_whom_a_question_waits_for_is_told_from_when_it_was_first_asked(tmp_path
     assert read_awaited(tmp_path).asked == utc_text(NOW + timedelta(seconds=1))
 
 
+def test_who_is_waited_for_between_questions_is_told_and_named_in_the_end(federation, folder):
+    watched = []
+    with federation.answers() as answers:
+        cohort = Moody(answers)
+        cohort.silent = {B, C}
+        with pytest.raises(RoundFailed, match=f"{B}, {C} did not answer"):
+            run_folder(folder, cohort, report=lambda _: None, watch=watched.append)
+    assert watched
+    assert all(sites == [B, C] for sites in watched)
+    assert f"{B}, {C} did not answer" in known_runs(folder)[0].why
+
+
 def test_a_question_that_all_have_answered_waits_for_nobody_however_quick_they_were(tmp_path):
     file = AwaitedFile(tmp_path)
     for rest in ({A, B, C}, {C}, ()):
