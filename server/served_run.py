@@ -101,7 +101,7 @@ def _to_its_end(console: Console, control: Control, run_id: int, folder: Coordin
         with progress_board(console, stages=len(stages_of(job))) as board:
             board.note(f"run {run_id}")
             with followed(LocalFederation(root=folder.root), board):
-                _follow(control, run_id, folder.root, folder.job_folder(job))
+                _follow(control, run_id, folder, job)
     except KeyboardInterrupt:
         console.print(
             f"Run {run_id} goes on without you. See it with `fedgrade watch {folder.root}`, follow it to its end with "
@@ -141,7 +141,7 @@ def _require_online(console: Console, control: Control, job: TrainingJob, root: 
         console.print(f"Not online, and counted on nevertheless: {', '.join(away)}")
 
 
-def _follow(control: Control, run_id: int, root: Path, job_folder: Path) -> None:
+def _follow(control: Control, run_id: int, folder: CoordinatorFolder, job: TrainingJob) -> None:
     """Return when the run has completed.
 
     Raises:
@@ -150,14 +150,14 @@ def _follow(control: Control, run_id: int, root: Path, job_folder: Path) -> None
     reader = threading.Thread(target=_read_log, args=(control, run_id), daemon=True)
     reader.start()
     try:
-        _watch(control, run_id, root, job_folder)
+        _watch(control, run_id, folder, job)
     finally:
         # Before the connection is closed: a reader that is left reads what is opened next under the same number.
         reader.join(_READER_SECONDS)
 
 
-def _watch(control: Control, run_id: int, root: Path, job_folder: Path) -> None:
-    gone_since = math.inf
+def _watch(control: Control, run_id: int, folder: CoordinatorFolder, job: TrainingJob) -> None:
+    gone_since, root = math.inf, folder.root
     while True:
         try:
             status = control.status(run_id)
@@ -168,7 +168,7 @@ def _watch(control: Control, run_id: int, root: Path, job_folder: Path) -> None:
                     f"resume {root}`"
                 ) from error
             logger.info("%s", error)
-            ended, run_id = _after_a_restart(control, run_id, root, job_folder)
+            ended, run_id = _after_a_restart(control, run_id, folder, job)
             if ended:
                 return
             gone_since = min(gone_since, time.monotonic())
@@ -179,9 +179,9 @@ def _watch(control: Control, run_id: int, root: Path, job_folder: Path) -> None:
             if status.outcome == "completed":
                 return
             if status.finished:
-                further = _taken_up(control, job_folder) if status.outcome == "failed" else None
+                further = _taken_up(control, folder.job_folder(job)) if status.outcome == "failed" else None
                 if further is None:
-                    raise _not_completed(run_id, status.outcome, status.details, root)
+                    raise _not_completed(run_id, status.outcome, status.details, folder, job)
                 run_id = further
         time.sleep(_LOOK_SECONDS)
 
@@ -200,7 +200,7 @@ def _taken_up(control: Control, job_folder: Path) -> int | None:
     return None
 
 
-def _after_a_restart(control: Control, run_id: int, root: Path, job_folder: Path) -> tuple[bool, int]:
+def _after_a_restart(control: Control, run_id: int, folder: CoordinatorFolder, job: TrainingJob) -> tuple[bool, int]:
     """Whether the run was released meanwhile, and its number: a SuperLink that was started again gives it another.
 
     Raises:
@@ -209,9 +209,9 @@ def _after_a_restart(control: Control, run_id: int, root: Path, job_folder: Path
     with suppress(ControlRefused):
         if going := control.unfinished():
             return False, going[0]
-    record = read_record(job_folder)
+    record = read_record(folder.job_folder(job))
     if record is not None and record.outcome in {"failed", "stopped"}:
-        raise _not_completed(run_id, record.outcome, record.why, root)
+        raise _not_completed(run_id, record.outcome, record.why, folder, job)
     return record is not None and record.outcome == "released", run_id
 
 
@@ -222,11 +222,16 @@ def _not_taken_up(run_id: int, root: Path) -> DeploymentFailed:
     )
 
 
-def _not_completed(run_id: int, outcome: str, why: str, root: Path) -> DeploymentFailed:
-    return DeploymentFailed(
-        f"run {run_id} {outcome}: {why or 'no reason given'}; its checkpoint stands, and `fedgrade resume {root}` goes "
-        "on from there"
-    )
+def _not_completed(
+    run_id: int, outcome: str, why: str, folder: CoordinatorFolder, job: TrainingJob
+) -> DeploymentFailed:
+    said = f"run {run_id} {outcome}: {why or 'no reason given'}"
+    gone = set(read_book(folder).membership.former) if folder.book.exists() else set[SiteId]()
+    if len(set(job.participants) - gone) < job.spec.aggregation.minimum_sites:
+        # Who was revoked is so for good.
+        names = ", ".join(sorted(gone & set(job.participants)))
+        return DeploymentFailed(f"{said}; {names} revoked, too few are left: start another job with `fedgrade run`")
+    return DeploymentFailed(f"{said}; its checkpoint stands, and `fedgrade resume {folder.root}` goes on from there")
 
 
 def _read_log(control: Control, run_id: int) -> None:

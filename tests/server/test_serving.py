@@ -7,16 +7,19 @@ import time
 
 import pytest
 
+from fedgrade.trust.identity import SigningKey
 from server import served_run
 from server.attached import only_server
 from server.control import ControlRefused
 from server.coordinator_folder import CoordinatorFolder
 from server.deployment import Deployment, DeploymentFailed
+from server.enrolment import create_coordinator, enrol, revoke
 from server.nodes_file import NAME, read_nodes
 from server.run_record import RunKeeper, note_given_up, order_stop, read_record
 from server.serving import _Certificates, _NodeList, _Processes
 from tests.federation.small_federation import NAMES, SmallFederation
 from tests.server.test_interrupted_run import planned
+from tests.server.test_leaving import LATER, NOW, SETTINGS, wish
 
 PATIENCE = 60.0
 A = NAMES[0]
@@ -135,26 +138,45 @@ def test_a_revocation_does_not_wait_for_certificates(folder, monkeypatch):
     assert not certificates._beside.busy
 
 
-def follow(folder, where):
+def follow(folder):
     with only_server(folder.root):
-        served_run._follow(SuperLink(), 7, folder.root, where)
+        served_run._follow(SuperLink(), 7, folder, planned())
 
 
-def test_who_follows_a_run_that_nobody_takes_up_after_a_restart_is_told_in_one_line(folder, where, monkeypatch):
+@pytest.mark.usefixtures("where")
+def test_who_follows_a_run_that_nobody_takes_up_after_a_restart_is_told_in_one_line(folder, monkeypatch):
     monkeypatch.setattr(served_run, "_TAKEN_UP_SECONDS", 0.0)
     with pytest.raises(DeploymentFailed, match=r"run 7: its SuperLink was started again, .*nobody took the run up"):
-        follow(folder, where)
+        follow(folder)
 
 
 def test_who_follows_a_run_is_told_that_it_was_given_up_or_stopped(folder, where):
     record = read_record(where)
     note_given_up(where, record, "its process died 3 times")
     with pytest.raises(DeploymentFailed, match="run 7 failed: its process died 3 times; its checkpoint stands"):
-        follow(folder, where)
+        follow(folder)
     RunKeeper(where, planned())
     order_stop(where, "by `fedgrade stop`")
     with pytest.raises(DeploymentFailed, match="run 7 stopped: by `fedgrade stop`"):
-        follow(folder, where)
+        follow(folder)
+
+
+def test_nobody_is_told_to_resume_a_job_that_has_too_few_sites_left(tmp_path):
+    folder = CoordinatorFolder(root=tmp_path / "coordinator")
+    create_coordinator(folder.root, SETTINGS, now=NOW)
+    for number, site in enumerate(NAMES, start=1):
+        raw = wish(site, SigningKey.generate(), number=number)
+        enrol(folder, raw, approve=lambda _: None, now=NOW)
+    told = []
+    for gone in (None, *NAMES[:2]):
+        if gone is not None:
+            revoke(folder, gone, reason="its key was stolen", now=LATER)
+        told.append(str(served_run._not_completed(7, "failed", "why", folder, planned())))
+    resume = f"run 7 failed: why; its checkpoint stands, and `fedgrade resume {folder.root}` goes on from there"
+    never = (
+        f"run 7 failed: why; {NAMES[0]}, {NAMES[1]} revoked, too few are left: start another job with `fedgrade run`"
+    )
+    assert told == [resume, resume, never]
 
 
 def eventually(condition):
