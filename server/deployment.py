@@ -6,6 +6,7 @@ outlives the deployment: see server/keeper.py.
 
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from server.app import RUN_DIRECTORY
 from server.attached import admin_authority
 from server.certificates import certify
 from server.control import Control, ControlRefused, RunStatus
+from server.listener import CANNOT_LISTEN
 from server.nodes_file import NAME, read_nodes, write_nodes
 from server.private_files import ensure_token, read_private
 from server.superlink import QUIET
@@ -35,7 +37,10 @@ from server.superlink import QUIET
 logger = logging.getLogger(__name__)
 
 _START_SECONDS: Final = 60.0
-_LOG_TAIL_BYTES: Final = 2000
+_LOG_BYTES: Final = 100_000
+_LOG_TAIL: Final = 2000  # characters
+# In a log of lines, and in one of JSON.
+_CANNOT_LISTEN: Final = re.compile(rf'{CANNOT_LISTEN} [^"\n]+')
 
 
 class DeploymentFailed(FedgradeError):
@@ -90,6 +95,7 @@ class Deployment:
         self.authority = self.run_directory / "superlink" / "ca.pem"
         self.admin_authority = admin_authority(self.run_directory)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._logs_begin: dict[str, int] = {}
         self._nodes: dict[SiteId, int] = {}
         self._exit = ExitStack()
 
@@ -277,6 +283,7 @@ class Deployment:
         self, name: str, command: Sequence[str], *, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         with self._log(name).open("ab") as log:
+            self._logs_begin[name] = log.tell()
             process = subprocess.Popen(  # noqa: S603 -- an argument vector, no shell
                 command,
                 stdin=subprocess.DEVNULL,
@@ -307,9 +314,8 @@ class Deployment:
         """
         for name, process in self._processes.items():
             if process.poll() is not None:
-                raise DeploymentFailed(
-                    f"{name} ended with code {process.returncode}; {self._log(name)} ends: {_tail(self._log(name))}"
-                )
+                ended = f"{name} ended with code {process.returncode}"
+                raise DeploymentFailed(f"{ended}; {_why(self._log(name), since=self._logs_begin[name])}")
 
     def _read_log(self, run_id: int, on_line: Callable[[str], None] | None) -> None:
         try:
@@ -338,8 +344,12 @@ def _free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def _tail(path: Path) -> str:
-    """The last lines of a log, for a message to a person."""
+def _why(path: Path, *, since: int) -> str:
+    """What a log has of the process that began at byte ``since`` of it, for a message to a person."""
     with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
-        return stream.read().decode(errors="replace").strip()
+        stream.seek(max(since, path.stat().st_size - _LOG_BYTES))
+        said = stream.read().decode(errors="replace")
+    # The one line that says it all; traces of what it led to may follow it.
+    if known := _CANNOT_LISTEN.findall(said):
+        return str(known[-1])
+    return f"{path} ends: {said[-_LOG_TAIL:].strip()}"

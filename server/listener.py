@@ -6,6 +6,7 @@ uvicorn's protocol, and watches them.
 """
 
 import asyncio
+import errno
 import logging
 import resource
 import socket
@@ -26,6 +27,12 @@ _LOOKS: Final = 10  # within the time for a header
 _HEAP: Final = 4  # requests
 _PAUSE_SECONDS: Final = 0.05
 _SPARE_FILES: Final = 256
+CANNOT_LISTEN: Final = "cannot listen on"
+_ADVICE: Final = {
+    errno.EADDRINUSE: "another process does; end it, or choose another port in coordinator.yaml",
+    errno.EADDRNOTAVAIL: "no address of this machine; correct `interface` in coordinator.yaml",
+    errno.EACCES: "ports below 1024 are not for every user; choose another in coordinator.yaml",
+}
 
 
 class GuardedServer(uvicorn.Server):
@@ -48,14 +55,13 @@ class GuardedServer(uvicorn.Server):
             self.should_exit = True
             return
         self._watch.limits = _within_files(self._watch.limits)
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(
-            self.config.host, self.config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        config = self.config
         try:
-            listening = [_listen(family, address, self.config.backlog) for family, _, _, _, address in found]
+            listening = [
+                _listen(family, address, config.backlog) for family, address in _found(config.host, config.port)
+            ]
         except OSError as error:
-            logger.error("cannot listen on %s port %d: %s", self.config.host, self.config.port, error)  # noqa: TRY400
+            logger.error("%s", _refused(config.host, config.port, error))  # noqa: TRY400
             await self.lifespan.shutdown()
             raise SystemExit(1) from error
         self.config.loaded_app = _in_time(self.config.loaded_app, self._watch.limits.reading_seconds)
@@ -187,7 +193,42 @@ def _in_time(application: Application, seconds: float) -> Application:
     return answer
 
 
+def require_free(host: str, port: int) -> None:
+    """Return if one may listen on ``port`` of ``host`` now.
+
+    Looked at before anything is begun: two servers of which one cannot listen end each other with all their traces.
+
+    Raises:
+        SystemExit: another process does, or one may not; the log has it in a line.
+    """
+    try:
+        for family, address in _found(host, port):
+            _bound(family, address).close()
+    except OSError as error:
+        logger.error("%s", _refused(host, port, error))  # noqa: TRY400 - the line says it all
+        raise SystemExit(1) from error
+
+
+def _refused(host: str, port: int, error: OSError) -> str:
+    """One line for who started it; begins with CANNOT_LISTEN, by which it is found again in a log."""
+    advice = _ADVICE.get(error.errno or 0, "see `interface` and the ports in coordinator.yaml")
+    return f"{CANNOT_LISTEN} {host} port {port}: {error.strerror or error}; {advice}"
+
+
+def _found(host: str, port: int) -> list[tuple[int, Any]]:
+    """Families and addresses that ``host`` stands for; a name is looked up, once, at the start."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [(family, address) for family, _, _, _, address in found]
+
+
 def _listen(family: int, address: Any, backlog: int) -> socket.socket:
+    listening = _bound(family, address)
+    listening.listen(backlog)
+    listening.setblocking(False)
+    return listening
+
+
+def _bound(family: int, address: Any) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
@@ -198,8 +239,6 @@ def _listen(family: int, address: Any, backlog: int) -> socket.socket:
     except OSError:
         listening.close()
         raise
-    listening.listen(backlog)
-    listening.setblocking(False)
     return listening
 
 

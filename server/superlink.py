@@ -42,7 +42,7 @@ from server.certificates import ServerCertificates
 from server.connections import Watch
 from server.enrolled_keys import EnrolledKeys
 from server.held_polls import HeldPolls
-from server.listener import GuardedServer
+from server.listener import GuardedServer, require_free
 from server.live_certificate import follow_certificates
 from server.metrics import Application, Metrics, Receive, Scope, Send
 from server.node_identity import KeyOwnsNode
@@ -215,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     # It has a handler of its own: coloured text, whatever format the environment asks for.
     logging.getLogger("flwr").handlers.clear()
+    require_free(given.public_host, given.public_port)
+    require_free("127.0.0.1", given.admin_port)
     run(
         SuperLinkSettings(
             public_host=given.public_host,
