@@ -211,6 +211,10 @@ class AgentClient:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LeaveRefused(error.details()) from error
+            if error.code() is grpc.StatusCode.UNAVAILABLE and _nobody_listens(self._path):
+                raise AgentUnavailable(
+                    f"site at {self._path}: no node runs; start it with `fedgrade site up`, which takes a while"
+                ) from error
             raise AgentUnavailable(f"site at {self._path}: {error.code().name}: {error.details()}") from error
 
 
@@ -294,6 +298,14 @@ def listens(path: Path) -> bool:
         except (FileNotFoundError, ConnectionRefusedError):
             return False
     return True
+
+
+def _nobody_listens(path: Path) -> bool:
+    """Whether that is certain: where one may not even look, somebody may listen."""
+    try:
+        return not listens(path)
+    except OSError:
+        return False
 
 
 def _claim(path: Path) -> None:

@@ -187,8 +187,13 @@ def test_the_caller_learns_nothing_from_a_failure_inside(path, caplog):
     assert "photo 17" in caplog.text
 
 
-def test_nobody_listening_is_one_clear_error(path):
-    with AgentClient(path) as client, pytest.raises(AgentUnavailable, match="UNAVAILABLE"):
+@pytest.mark.parametrize("killed", [False, True])
+def test_nobody_listening_is_one_line_that_says_how_to_start_a_node(path, killed):
+    if killed:
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(str(path))
+    line = rf"^site at {path}: no node runs; start it with `fedgrade site up`[^\n]*$"
+    with AgentClient(path) as client, pytest.raises(AgentUnavailable, match=line):
         client.status()
 
 

@@ -63,7 +63,7 @@ def test_without_a_socket_the_operator_is_told_what_to_configure():
 
 
 def test_a_site_that_is_not_up_is_one_clear_error(folder):
-    with pytest.raises(AgentUnavailable, match="UNAVAILABLE"):
+    with pytest.raises(AgentUnavailable, match="no node runs"):
         app(request(), context(agent_socket=str(folder / "none.sock")))
 
 
