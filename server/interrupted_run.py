@@ -78,7 +78,8 @@ class InterruptedRun:
         # Read last: it says whether somebody has told the run to stop meanwhile.
         folder = self._folder.job_folder(job)
         record = read_record(folder)
-        if record is None or record.outcome:
+        # Somebody else may have submitted it while the job was read.
+        if record is None or record.outcome or self._control.unfinished():
             return
         if record.tries >= len(_PAUSES_SECONDS):
             why = f"its process died {record.tries} times in stage {record.done + 1}; see logs/"

@@ -1,9 +1,10 @@
 """What a coordinator's folder says of each of its runs: how far it came, how it ended. It proves nothing.
 
-``jobs/<job>/run.json``, written by the process that runs the job, and by ``fedgrade serve``, which takes up a run that
-left it open, while no process runs it. ``jobs/<job>/stop.json``, beside it, is the word of ``fedgrade stop``, which may
-come at any time: while it lies there nobody takes the run up, and a process that runs it ends after its stage. Each is
-on the disk before anything is done that relies on it. Ledgers and releases are what can be proved.
+``jobs/<job>/run.json``, written by who submits the job, then by the process that runs it, and by ``fedgrade serve``,
+which takes up a run that left it open, while no process runs it. ``jobs/<job>/stop.json``, beside it, is the word of
+``fedgrade stop``, which may come at any time: while it lies there nobody takes the run up, and a process that runs it
+ends after its stage. Each is on the disk before anything is done that relies on it. Ledgers and releases are what can
+be proved.
 """
 
 import logging
@@ -124,6 +125,11 @@ class RunKeeper:
         self._record = replace(self._record, outcome=outcome, why=why[:_MAX_WHY], changed=changed)
         self._put()
 
+    def put_back(self, record: RunRecord) -> None:
+        """Nothing came of going on: ``record`` stands again."""
+        self._record = record
+        self._put()
+
     def _put(self) -> None:
         try:
             _write(self._folder, self._record)
@@ -150,6 +156,25 @@ def recorded(folder: Path, job: TrainingJob) -> Iterator[RunKeeper]:
         raise
     # Who is interrupted leaves the record as that of a run that goes on: it is to be taken up again.
     keeper.end("released")
+
+
+@contextmanager
+def begun(folder: Path, job: TrainingJob) -> Iterator[None]:
+    """A record lies open in the job's ``folder`` before anything is submitted in the block, and stays so.
+
+    So a run whose process dies before it can write one itself is one that was interrupted. Where the block fails, the
+    record is what it was before, or says that nothing was begun.
+    """
+    before = read_record(folder)
+    keeper = RunKeeper(folder, job)
+    try:
+        yield
+    except FedgradeError as error:
+        if before is None:
+            keeper.end("failed", f"was not begun: {error}")
+        else:
+            keeper.put_back(before)
+        raise
 
 
 def order_stop(folder: Path, why: str) -> None:

@@ -31,7 +31,7 @@ from server.local_federation import LocalFederation
 from server.nodes_file import read_nodes
 from server.progress_board import progress_board
 from server.run_lock import run_lock
-from server.run_record import let_go_on, read_record
+from server.run_record import begun, let_go_on, read_record
 from server.summary import announce, quality_table
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], pati
         job = _new_job(folder, overrides)
         _require_online(console, control, job, root)
         folder.put_job(job, patience)
-        _to_its_end(console, control, _submitted(control, root), folder, job)
+        _to_its_end(console, control, _submitted(control, folder, job), folder, job)
     _tell(console, folder, job)
 
 
@@ -85,14 +85,16 @@ def resume_served(console: Console, root: Path, *, patience: Patience) -> None:
             raise JobRefused(f"{root}: the process of the run before has not ended yet; try again in a minute")
         record = read_record(folder.job_folder(job))
         let_go_on(folder.job_folder(job), on=bool(going))
-        _to_its_end(console, control, going[0] if going else _submitted(control, root), folder, job)
+        _to_its_end(console, control, going[0] if going else _submitted(control, folder, job), folder, job)
     if record is not None and record.outcome == "released":
         console.print("This job was released before; nobody was asked again.")
     _tell(console, folder, job)
 
 
-def _submitted(control: Control, root: Path) -> int:
-    return control.submit({RUN_DIRECTORY: str(root.resolve())})
+def _submitted(control: Control, folder: CoordinatorFolder, job: TrainingJob) -> int:
+    """The number of a new run of ``job``, which is taken up also if it is killed before it says that it has begun."""
+    with begun(folder.job_folder(job), job):
+        return control.submit({RUN_DIRECTORY: str(folder.root.resolve())})
 
 
 def _to_its_end(console: Console, control: Control, run_id: int, folder: CoordinatorFolder, job: TrainingJob) -> None:

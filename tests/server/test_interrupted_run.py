@@ -14,13 +14,14 @@ from fedgrade.federation.rounds import RoundLog
 from fedgrade.job import plan_job
 from fedgrade.trust.ledger import read_ledger
 from fedgrade.trust.records import Released
+from server import served_run
 from server.attached import NotServing
 from server.control import ControlRefused
 from server.coordinate import run_folder
 from server.coordinator_folder import CoordinatorFolder, Patience
 from server.interrupted_run import InterruptedRun
 from server.nodes_file import write_nodes
-from server.run_record import RunKeeper, RunStopped, let_go_on, order_stop, read_record, recorded
+from server.run_record import RunKeeper, RunStopped, let_go_on, note_given_up, order_stop, read_record, recorded
 from server.runs import known_runs
 from tests.federation.small_federation import DECLARED, NAMES, SmallFederation, quick_noise, with_privacy
 
@@ -108,6 +109,39 @@ def test_a_run_whose_process_is_gone_is_submitted_once_enough_sites_are_online(f
     superlink.going = (1,)
     look(run)
     assert superlink.submitted == 1
+
+
+def test_a_run_that_is_killed_before_it_wrote_a_word_is_taken_up(folder):
+    superlink = SuperLink()
+    assert served_run._submitted(superlink, folder, planned()) == 1
+    look(InterruptedRun(superlink, folder), 1)
+    assert superlink.submitted == 2
+    # Also one that a person let go on after it had failed.
+    note_given_up(folder.job_folder(planned()), read_record(folder.job_folder(planned())), "died")
+    look(InterruptedRun(superlink, folder), 1)
+    assert superlink.submitted == 2
+    served_run._submitted(superlink, folder, planned())
+    look(InterruptedRun(superlink, folder), 1)
+    assert superlink.submitted == 4
+
+
+@pytest.mark.parametrize("before", [None, "failed"])
+def test_what_could_not_be_submitted_is_not_taken_up(folder, before):
+    superlink, where = SuperLink(), folder.job_folder(planned())
+    if before is not None:
+        RunKeeper(where, planned()).end(before, "too few sites")
+
+    def refuse(_config):
+        raise ControlRefused("SuperLink: no")
+
+    superlink.submit, submit = refuse, superlink.submit
+    with pytest.raises(ControlRefused):
+        served_run._submitted(superlink, folder, planned())
+    why = "was not begun: SuperLink: no" if before is None else "too few sites"
+    assert (read_record(where).outcome, read_record(where).why) == ("failed", why)
+    superlink.submit = submit
+    look(InterruptedRun(superlink, folder))
+    assert superlink.submitted == 0
 
 
 def test_a_run_that_dies_again_and_again_is_left_to_a_person_whoever_restarts_meanwhile(folder, where, caplog):
