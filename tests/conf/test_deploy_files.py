@@ -83,6 +83,13 @@ def test_systemd_takes_the_unit(path, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_who_keeps_a_site_in_a_home_folder_is_told_what_the_unit_needs():
+    unit, page = (DEPLOY / "fedgrade-site.service").read_text(), (DEPLOY.parent / "partner.md").read_text()
+    assert "ProtectHome=read-only" in unit.partition("[Unit]")[0]
+    assert "site init ~/fedgrade" in page
+    assert "keeps the node out of `/home`" in page
+
+
 def settings_of(path):
     """The keys of the unit's section ``Service``."""
     unit = configparser.ConfigParser(interpolation=None, comment_prefixes=("#",))
