@@ -32,11 +32,15 @@ EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 _REFRESH_SECONDS: Final = 1.0
 _LINE_EVERY_SECONDS: Final = 5.0
 _TAKEN_UP_SECONDS: Final = 60.0  # after which a run whose process is gone is no longer waited for
-_MOST_WHY: Final = 200  # characters
+_MOST_WHY: Final = 600  # characters
 
 
 class RunEnded(FedgradeError):
     """The run that was watched came to no release."""
+
+
+def _shortened(why: str) -> str:
+    return why if len(why) <= _MOST_WHY else f"{why[: _MOST_WHY - 1]}…"
 
 
 @click.command(epilog="Example: fedgrade runs federation")
@@ -50,12 +54,13 @@ def runs(folder: Path) -> None:
     table = Table("begun", "job", "", "epsilon", "stages", "outcome", box=None, pad_edge=False)
     known = known_runs(CoordinatorFolder(root=folder))
     for run in known:
-        outcome = run.state + (f": {plain(run.why)[:_MOST_WHY]}" if run.why else "")
+        outcome = run.state + (f": {_shortened(plain(run.why))}" if run.why else "")
         stages = f"{run.done} of {run.stages}" if run.stages else ""
         epsilon = printed(run.epsilon) if run.epsilon else ""
         table.add_row(moment(run.began), shown_name(run.name), run.job[:DIGITS], epsilon, stages, outcome)
     if known:
-        plain_console().print(table)
+        # Reasons are long, and say at their end what to do: over several lines, rather than cut.
+        plain_console().print(table, soft_wrap=False)
     else:
         click.echo(f"{folder}: no job was run here yet")
 

@@ -320,6 +320,16 @@ def test_who_is_waited_for_between_questions_is_told_and_named_in_the_end(federa
     assert f"{B}, {C} did not answer" in known_runs(folder)[0].why
 
 
+def test_runs_says_the_whole_reason_however_narrow_the_terminal(folder):
+    why = "train round 3: " + "; ".join(f"site-{number} did not answer" for number in range(12))
+    RunKeeper(folder.job_folder(planned()), planned()).end("failed", why)
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(cli, ["runs", str(folder.root)])
+    # Only the first of its lines begins with anything else.
+    assert "".join(why.split()) in "".join(said.output.split())
+    RunKeeper(folder.job_folder(planned()), planned()).end("failed", "x" * 2000)
+    assert "x…" in "".join(typed("runs", folder.root).output.split())
+
+
 def test_a_question_that_all_have_answered_waits_for_nobody_however_quick_they_were(tmp_path):
     file = AwaitedFile(tmp_path)
     for rest in ({A, B, C}, {C}, ()):
