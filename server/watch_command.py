@@ -32,7 +32,7 @@ EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 _REFRESH_SECONDS: Final = 1.0
 _LINE_EVERY_SECONDS: Final = 5.0
 _TAKEN_UP_SECONDS: Final = 60.0  # after which a run whose process is gone is no longer waited for
-_MOST_WHY: Final = 600  # characters
+_MOST_WHY: Final = 600  # characters: reasons name sites, and say at their end what to do
 
 
 class RunEnded(FedgradeError):
@@ -59,8 +59,7 @@ def runs(folder: Path) -> None:
         epsilon = printed(run.epsilon) if run.epsilon else ""
         table.add_row(moment(run.began), shown_name(run.name), run.job[:DIGITS], epsilon, stages, outcome)
     if known:
-        # Reasons are long, and say at their end what to do: over several lines, rather than cut.
-        plain_console().print(table, soft_wrap=False)
+        plain_console().print(table)
     else:
         click.echo(f"{folder}: no job was run here yet")
 

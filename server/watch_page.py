@@ -46,6 +46,9 @@ _MOST_LINES: Final = 2  # of what is said of one site
 _GRID_LINES: Final = 4  # of the grid, beside the sites': an empty one before it, stage numbers, two notes
 _LEAST_LINES: Final = 3  # for sites, however small the terminal
 _RECENT: Final = 10  # stages, of which what is left is foretold
+# A stage that takes so many times as long as the ones before it, and so long, waits for somebody.
+_STALLED: Final = 3.0
+_STALLED_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +134,16 @@ def moment(time: str) -> str:
 
 
 def seconds_left(view: RunView, *, now: datetime) -> float | None:
-    """How long the run will still take if stages go on as the last ones did; None before two are finished."""
+    """How long the run will still take if stages go on as the last ones did; None before two are, or where one stalls."""
     ends = [_read(progress.finished) for progress in view.progress[-_RECENT - 1 :]]
     if len(ends) < 2 or view.run.state != "on":  # noqa: PLR2004 - two ends make one length
         return None
     length = statistics.median((after - before).total_seconds() for before, after in pairwise(ends))
-    spent = min(length, max(0.0, (now - ends[-1]).total_seconds()))
-    return max(0.0, length * (len(view.stages) - view.run.done) - spent)
+    spent = (now - ends[-1]).total_seconds()
+    if spent > max(_STALLED * length, _STALLED_SECONDS):
+        # A run that stands still ends nobody knows when.
+        return None
+    return max(0.0, length * (len(view.stages) - view.run.done) - min(length, max(0.0, spent)))
 
 
 def _head(view: RunView, *, now: datetime) -> Iterator[Text]:

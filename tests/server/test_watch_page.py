@@ -1,6 +1,7 @@
 """What `fedgrade watch` shows: sites by stages on a terminal, small and large."""
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from rich.console import Console
@@ -9,10 +10,10 @@ from server.watch_page import page, seconds_left
 from tests.server.run_view import NOW, big
 
 
-def shown(view, *, width=80, height=40):
+def shown(view, *, width=80, height=40, now=NOW):
     console = Console(width=width, height=height, color_system=None, markup=False, highlight=False)
     with console.capture() as captured:
-        console.print(page(view, width=width, height=height, now=NOW))
+        console.print(page(view, width=width, height=height, now=now))
     return captured.get().rstrip("\n").splitlines()
 
 
@@ -59,3 +60,10 @@ def test_what_is_left_is_foretold_from_the_last_stages():
     assert seconds_left(view, now=NOW) == pytest.approx(30 * 39 - 30)
     assert seconds_left(replace(view, progress=view.progress[:1]), now=NOW) is None
     assert seconds_left(replace(view, run=replace(view.run, state="failed")), now=NOW) is None
+
+
+def test_nothing_is_foretold_of_a_run_that_stands_still():
+    view = big()
+    assert seconds_left(view, now=NOW + timedelta(seconds=59)) == pytest.approx(30 * 38)
+    assert seconds_left(view, now=NOW + timedelta(seconds=61)) is None
+    assert not any("left" in line for line in shown(view, now=NOW + timedelta(seconds=61)))
