@@ -134,7 +134,7 @@ def moment(time: str) -> str:
 
 
 def seconds_left(view: RunView, *, now: datetime) -> float | None:
-    """How long the run will still take if stages go on as the last ones did; None before two are, or where one stalls."""
+    """How long the run will take if stages go on as the last ones did; None before two are, or where one stalls."""
     ends = [_read(progress.finished) for progress in view.progress[-_RECENT - 1 :]]
     if len(ends) < 2 or view.run.state != "on":  # noqa: PLR2004 - two ends make one length
         return None
