@@ -208,7 +208,10 @@ def _sealed_job(job_digest: str, sites: Mapping[SiteId, SiteProof]) -> TrainingJ
     for proof in sites.values():
         if job_digest in proof.jobs:
             return proof.jobs[job_digest]
-    raise LedgerBroken(f"job {job_digest[:16]}: the coordinator closed rounds of it, but no site's ledger admits it")
+    raise LedgerBroken(
+        f"job {job_digest[:16]}: the coordinator closed rounds of it, but no site's ledger admits it; if these are "
+        "copies from before that job, ask the partners for newer ones"
+    )
 
 
 def _check_stages(job: TrainingJob, closed: list[RoundClosed]) -> None:
@@ -271,9 +274,13 @@ def _check_receipts(
 def _check_against_ledger(where: str, line: bytes, commit: Commit, closed: RoundClosed, proof: SiteProof) -> None:
     charge = proof.charges.get(commit.reserve)
     if digest(line) not in proof.committed_lines or charge is None:
-        raise LedgerBroken(
-            f"{where}: does not stand in the ledger of {proof.site}; that ledger was rolled back or forked"
-        )
+        site, seen = proof.site, closed.ledgers[proof.site].entries
+        if proof.entries < seen:
+            raise LedgerBroken(
+                f"{where}: does not stand in the ledger of {site}, of which this copy has {proof.entries} entries and the "
+                f"coordinator saw {seen}; ask {site} for a newer one, unless that ledger was rolled back or forked"
+            )
+        raise LedgerBroken(f"{where}: does not stand in the ledger of {site}; that ledger was rolled back or forked")
     if charge.reserve.weights_digest != closed.weights_before:
         raise LedgerBroken(f"{where}: {proof.site} was shown other weights than the coordinator's ledger says")
 

@@ -238,6 +238,34 @@ def test_a_coordinator_without_any_partners_ledger_is_told_what_to_ask_for(feder
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("older", "said"),
+    [
+        (
+            NAMES,
+            "no site's ledger admits it; if these are copies from before that job, ask the partners for newer ones",
+        ),
+        (NAMES[:1], f"ask {NAMES[0]} for a newer one, unless that ledger was rolled back or forked"),
+    ],
+)
+def test_copies_of_ledgers_from_before_the_job_are_told_to_be_old(federation, cache, tmp_path, older, said):
+    whole, newest = {}, registry(federation.root, coordinator=federation.roster.coordinator)[-1]
+    for site in older:
+        path = federation.root / "sites" / site / "ledger.jsonl"
+        entries = read_ledger(path, key=federation.roster.sites[site])
+        began = next(i for i, entry in enumerate(entries) if getattr(entry.body, "job", "") == newest.job)
+        whole[path] = path.read_bytes()
+        path.write_bytes(b"".join(whole[path].splitlines(keepends=True)[:began]))
+    try:
+        with pytest.raises(LedgerBroken) as refused:
+            publish(federation, tmp_path / "bundle", cache=cache)
+    finally:
+        for path, raw in whole.items():
+            path.write_bytes(raw)
+    assert said in str(refused.value)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_while_a_run_holds_the_ledger_nothing_is_published(federation, cache, tmp_path):
     wish = Wish(job="", licence="another card, so that an entry is needed", partial=False)
     with federation.log(), pytest.raises(LedgerUnavailable):
