@@ -277,8 +277,8 @@ def _check_against_ledger(where: str, line: bytes, commit: Commit, closed: Round
         site, seen = proof.site, closed.ledgers[proof.site].entries
         if proof.entries < seen:
             raise LedgerBroken(
-                f"{where}: does not stand in the ledger of {site}, of which this copy has {proof.entries} entries and the "
-                f"coordinator saw {seen}; ask {site} for a newer one, unless that ledger was rolled back or forked"
+                f"{where}: does not stand in the ledger of {site}, of which this copy has {proof.entries} entries and "
+                f"the coordinator saw {seen}; ask {site} for a newer one, unless that ledger was rolled back or forked"
             )
         raise LedgerBroken(f"{where}: does not stand in the ledger of {site}; that ledger was rolled back or forked")
     if charge.reserve.weights_digest != closed.weights_before:
