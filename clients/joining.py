@@ -97,6 +97,11 @@ def request_to_join(site_file: Path, *, now: datetime, new_node_key: bool = Fals
     node_key = site.path(site.settings.link.node_key)
     waiting = next_node_key(node_key)
     if new_node_key:
+        if waiting.exists():
+            raise DocumentRefused(
+                f"node key {waiting}: waits already for the coordinator to enrol it; send it the request again, which "
+                "`fedgrade site request` without --new-node-key writes anew"
+            )
         create_node_key(waiting)
     # A request that names the old key would take a granted one back.
     asked = waiting if waiting.exists() else node_key

@@ -162,6 +162,16 @@ def test_a_request_is_made_anew_from_what_the_site_file_says(partner):
     assert read_request((partner.parent / REQUEST).read_bytes()) == later
 
 
+def test_a_second_new_connection_key_is_refused_while_the_first_one_waits(partner):
+    first = request_to_join(partner, now=NOW, new_node_key=True)
+    typed = CliRunner().invoke(commands, ["request", "--new-node-key", str(partner)])
+    assert isinstance(typed.exception, DocumentRefused)
+    assert "waits already for the coordinator to enrol it" in str(typed.exception)
+    again = CliRunner().invoke(commands, ["request", str(partner)])
+    assert again.exit_code == 0, again.output
+    assert read_request((partner.parent / REQUEST).read_bytes()).node_key == first.node_key
+
+
 def test_a_bundle_puts_everything_in_its_place_and_keeps_the_comments(partner, bundle):
     before = partner.read_text()
     joined = taken(partner, bundle)
