@@ -100,16 +100,7 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
     """
     if standing := _released_before(job, coordinator=coordinator, store=store, log=log):
         return standing
-    exchange = Exchange(
-        job,
-        cohort,
-        coordinator.key,
-        coordinator.witness,
-        coordinator.deadline_seconds,
-        hear=coordinator.hear,
-        watch=coordinator.watch,
-        revoked=coordinator.revoked,
-    )
+    exchange = _exchange(job, cohort, coordinator)
     state, stages = store.load(job) or _start(job), stages_of(job)
     if state.closing is not None:
         # A crash between checkpoint and ledger; nobody needs to be asked again.
@@ -143,6 +134,19 @@ def run_job(job: TrainingJob, cohort: Cohort, *, coordinator: Coordinator, store
             )
         )
     return _publish(job, state, coordinator=coordinator, store=store, log=log)
+
+
+def _exchange(job: TrainingJob, cohort: Cohort, coordinator: Coordinator) -> Exchange:
+    return Exchange(
+        job,
+        cohort,
+        coordinator.key,
+        coordinator.witness,
+        coordinator.deadline_seconds,
+        hear=coordinator.hear,
+        watch=coordinator.watch,
+        revoked=coordinator.revoked,
+    )
 
 
 class RoundLog:
