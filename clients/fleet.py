@@ -381,7 +381,10 @@ def _plain(text: str) -> str:
 def _hint(status: int) -> str:
     match status:
         case httpx.codes.UNAUTHORIZED:
-            return "; this node key is not enrolled, or the clock is off by minutes"
+            return (
+                "; the SuperLink was started again, which heals itself within seconds, or this node key is not enrolled, "
+                "or the clock is off by minutes"
+            )
         case httpx.codes.FORBIDDEN:
             return "; the run is over"
         case _:

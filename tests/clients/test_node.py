@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from clients import node
+from clients import fleet, node
 from clients.node import LinkPhase, NodeLink, serve
 from clients.node_key import create_node_key
 from fedgrade.errors import DocumentRefused
@@ -51,6 +51,12 @@ def test_a_certificate_that_is_none_is_told_and_not_fatal(tmp_path):
     serve(link(root_certificate=tmp_path / "ca.pem", node_key=tmp_path / "node"), bytes, stop=stop, on_state=on_state)
     assert [state.phase for state in states] == [LinkPhase.CONNECTING, LinkPhase.REFUSED, LinkPhase.STOPPED]
     assert "not usable PEM" in states[1].detail
+
+
+def test_who_is_refused_without_a_reason_is_told_first_what_heals_itself():
+    hint = fleet._hint(401)
+    assert hint.startswith("; the SuperLink was started again, which heals itself")
+    assert "not enrolled, or the clock is off" in hint
 
 
 class Told:
