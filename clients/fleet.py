@@ -382,8 +382,8 @@ def _hint(status: int) -> str:
     match status:
         case httpx.codes.UNAUTHORIZED:
             return (
-                "; the SuperLink was started again, which heals itself within seconds, or this node key is not enrolled, "
-                "or the clock is off by minutes"
+                "; the SuperLink was started again, which heals itself within seconds, or this node key is not "
+                "enrolled, or the clock is off by minutes"
             )
         case httpx.codes.FORBIDDEN:
             return "; the run is over"
