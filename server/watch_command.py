@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 _REFRESH_SECONDS: Final = 1.0
 _LINE_EVERY_SECONDS: Final = 5.0
-_TAKEN_UP_SECONDS: Final = 60.0  # after which a run whose process is gone is no longer waited for
+_TAKEN_UP_SECONDS: Final = 120.0  # after which a run whose process is gone is no longer waited for
 _MOST_WHY: Final = 600  # characters: reasons name sites, and say at their end what to do
 
 

@@ -285,6 +285,9 @@ def test_a_run_whose_process_is_gone_is_waited_for_where_somebody_serves_it(fold
     with only_server(folder.root):
         assert not watched.over(gone)
         assert watched.over(replace(view, run=replace(view.run, state="failed")))
+        # Flower knows only after a minute that a run's process alone was killed.
+        watched._gone_since -= 90.0
+        assert not watched.over(gone)
         monkeypatch.setattr("server.watch_command._TAKEN_UP_SECONDS", -1.0)
         assert watched.over(gone)
 
