@@ -171,7 +171,13 @@ class Conversation:
                 if one := self._exchange.received(site, reply, attempt=attempts[site], read=read):
                     received[site] = one
                     self._resting.back(site)
-            asking = self._exchange.asks_again(turns, asked, replies, company=awake)
+            if len(received) < minimum:
+                # Whoever rested may be back, where those who were asked are too few.
+                awake = self._exchange.active
+                attempts = {**dict.fromkeys(awake, 0), **attempts}
+            # What was lost is charged anew, however late it is heard of.
+            lost = any(0 < attempts[site] <= RESENDS for site in replies if site not in received)
+            asking = self._exchange.asks_again(turns, asked, replies, company=awake) or lost
         for site in awake:
             # Whoever says that it cannot just now costs no time, and is asked again in every stage.
             if site in self._exchange.active and site not in received and site not in self._exchange.unable:

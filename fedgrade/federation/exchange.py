@@ -282,7 +282,7 @@ class Exchange:
 
     def _silent(self, asked: Collection[SiteId], replies: Collection[SiteId]) -> list[SiteId]:
         """Those of ``asked`` of whom nothing was heard."""
-        return [site for site in asked if site in self.active and site not in replies and site not in self.unable]
+        return [site for site in asked if site in self.active and site not in replies and site not in self.waiting]
 
     def _needs(self, silent: Collection[SiteId], company: Collection[SiteId]) -> bool:
         """Whether ``company`` is enough with ``silent``, and too few without."""

@@ -190,7 +190,8 @@ class SumConversation:
             return True
 
         bodies: dict[SiteId, Asked] = {site: CommitRequest(proposal=proposal) for site in company}
-        answers = self._asked(bodies, accept, terms=proposal.terms)
+        # Nobody has paid yet: where others who rest could take its place, a silent site is not waited for.
+        answers = self._asked(bodies, accept, terms=proposal.terms, company=self._exchange.active)
         stage.note(answers, in_vain=False)
         if answers.behind and task.tolerated_dropouts:
             # A restart loses the key under which others encrypt shares to a site.
@@ -294,10 +295,12 @@ class SumConversation:
         terms: SumTerms,
         spare: int = 0,
         tensors: bytes = b"",
+        company: Collection[SiteId] | None = None,
     ) -> _Answers:
         """Ask, and ask the silent again, within this phase's part of the deadline.
 
-        Without more than ``spare`` of those asked, the attempt is over, and nobody else is waited for.
+        Without more than ``spare`` of those asked, the attempt is over, and nobody else is waited for. Who is silent is
+        waited for where ``company``, those asked if not given, is too small without it.
         """
         phases = 4 if terms.task.tolerated_dropouts else 2
         patience = self._exchange.deadline_seconds / phases
@@ -314,7 +317,7 @@ class SumConversation:
             replies = self._exchange.ask(waiting, tensors=tensors, deadline_seconds=turns.seconds, passing=_PASSING)
             for site, reply in replies.items():
                 _sort(site, reply, accept, answers)
-            asking = self._exchange.asks_again(turns, waiting, replies, company=bodies)
+            asking = self._exchange.asks_again(turns, waiting, replies, company=bodies if company is None else company)
         answers.lost.update({site: "did not answer" for site in bodies if site not in answers})
         return answers
 

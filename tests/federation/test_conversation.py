@@ -16,7 +16,7 @@ from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.ledger import Entry, open_receipt
 from tests.federation.meddling import HONEST, LIAR, Meddled, liar_alone, run, trained_without
-from tests.federation.small_federation import DECLARED, LOCAL_SGD, NAMES, POLICY, SPEC, with_privacy
+from tests.federation.small_federation import DECLARED, LOCAL_SGD, NAMES, POLICY, with_privacy
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -72,102 +72,6 @@ def test_too_few_answers_end_the_round_and_say_so(federation, job):
         match=r"admission: 1 sites answered, aggregation.minimum_sites is 2; recycler-b, recycler-c did not answer",
     ):
         run(federation, job, two_silent)
-
-
-class Clock:
-    """Time that passes only in pauses; ``at(seconds)`` is called when they begin."""
-
-    def __init__(self, monkeypatch, at=lambda _: None):
-        self.now, self.at = 0.0, at
-        for module in ("exchange", "turns"):
-            monkeypatch.setattr(f"fedgrade.federation.{module}.time", self)
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.at(self.now)
-        self.now += seconds
-
-
-class Paused:
-    """A cohort in which a question to one of ``away()`` never arrives."""
-
-    def __init__(self, sites, away):
-        self.inner, self.away, self.asked = InProcessCohort(sites=sites), away, []
-
-    def ask(self, requests, *, deadline_seconds):
-        self.asked.append((frozenset(requests), deadline_seconds))
-        here = {site: raw for site, raw in requests.items() if site not in self.away()}
-        return self.inner.ask(here, deadline_seconds=deadline_seconds)
-
-
-PAUSED = NAMES[0]
-
-
-@pytest.fixture
-def needing_all(federation):
-    return federation.job(replace(SPEC, aggregation=replace(SPEC.aggregation, minimum_sites=len(NAMES))))
-
-
-@pytest.mark.parametrize("began", [0, 4], ids=["at admission", "in a round"])
-def test_a_site_that_the_job_needs_may_be_paused_for_most_of_the_deadline(federation, needing_all, monkeypatch, began):
-    """Who is offline or paused is known at once: without pauses, three questions would be three silences."""
-    clock, watched = Clock(monkeypatch), []
-    with federation.answers() as answers:
-        cohort = Paused(answers, lambda: {PAUSED} if len(cohort.asked) >= began and clock.now < 550.0 else ())
-        federation.run(needing_all, cohort, deadline_seconds=600.0, watch=watched.append)
-    assert federation.release(needing_all).release.contributions == dict.fromkeys(NAMES, 4)
-    # Each stage is charged once, and whoever watches is told all the time who is missing.
-    assert len(federation.charges(PAUSED)) == 4
-    assert watched[0] == [PAUSED]
-    assert len(watched) >= 550
-    # It is not flooded: some dozen questions in nine minutes.
-    assert sum(sites == {PAUSED} for sites, _ in cohort.asked) <= 30
-
-
-def test_a_site_that_stays_away_ends_the_stage_at_its_deadline_and_is_named(federation, needing_all, monkeypatch):
-    clock = Clock(monkeypatch)
-    with federation.answers() as answers:
-        cohort = Paused(answers, lambda: {PAUSED} if len(cohort.asked) > 1 else ())
-        with pytest.raises(RoundFailed, match=f"centre round 0: 2 sites answered, .* is 3; {PAUSED} did not answer$"):
-            federation.run(needing_all, cohort, deadline_seconds=600.0)
-    assert 550.0 < clock.now <= 600.0
-    assert all(0 < seconds <= 600.0 for _, seconds in cohort.asked)
-
-
-def test_nobody_waits_for_a_site_that_was_revoked(federation, needing_all, monkeypatch):
-    gone = set()
-    clock = Clock(monkeypatch, at=lambda now: gone.update({PAUSED} if now >= 30.0 else ()))
-    with federation.answers() as answers:
-        cohort = Paused(answers, lambda: {PAUSED})
-        with pytest.raises(RoundFailed, match=f"{PAUSED} was revoked; without who was revoked this job cannot go on$"):
-            federation.run(needing_all, cohort, deadline_seconds=600.0, revoked=lambda: gone)
-    assert clock.now < 32.0
-
-
-def test_a_site_that_says_spent_is_asked_for_three_attempts_however_long_another_is_waited_for(
-    federation, needing_all, monkeypatch
-):
-    """Each attempt may be charged."""
-    Clock(monkeypatch)
-
-    def spent(request, reply):
-        if federation.opened(reply, name=LIAR).document.body.kind == "admitted":
-            return reply
-        body = Refusal(code="spent", reason="ask again")
-        document = Reply(site=LIAR, request_digest=digest(request), body=body, tensors_digest=digest(b""))
-        return write_message(document, tensors=b"", key=federation.site_keys[LIAR])
-
-    with federation.answers() as answers:
-        meddled = Meddled(answers, lambda site, raw, reply: spent(raw, reply) if site == LIAR else reply)
-        cohort = Paused({}, lambda: {PAUSED} if len(cohort.asked) > 1 else ())
-        cohort.inner = meddled
-        with pytest.raises(RoundFailed, match="did not answer"):
-            federation.run(needing_all, cohort, deadline_seconds=600.0)
-    # Admission, and three attempts of the first stage.
-    assert sum(LIAR in asked for asked in meddled.asked) == 1 + 3
-    assert len(federation.charges(LIAR)) <= 3
 
 
 def test_a_site_that_was_silent_is_not_waited_for_in_the_next_stage_and_asked_again_after_it(federation):
