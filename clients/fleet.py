@@ -287,9 +287,13 @@ class FleetConnection:
             message.metadata.run_id,
             response.session_id,
         )
-        wanted = [(name, bodies[name]) for name in response.objects_to_push if name in bodies]
+        if message.object_id not in response.objects_to_push:
+            # Flower says so of a second reply to one request, such as one whose sending was cut off, and drops it.
+            raise LinkRefused(f"SuperLink {self._access.address}: it has a reply to this request, or part of one")
         try:
-            push_object_contents_from_iterable(wanted, push, max_concurrent_pushes=_AT_ONCE)
+            for part in bodies:
+                missing = [(name, part[name]) for name in part if name in response.objects_to_push]
+                push_object_contents_from_iterable(missing, push, max_concurrent_pushes=_AT_ONCE)
         except ObjectPushError as error:
             raise LinkRefused(f"SuperLink {self._access.address}: {error}") from error
 
@@ -322,18 +326,16 @@ class FleetConnection:
             raise MessageRefused(f"SuperLink response of {length} bytes: at most {limit} bytes are read")
 
 
-def _bodies(message: Message) -> dict[str, bytes]:
-    """What the records of ``message`` are sent as, by their names; within ``no_object_id_recompute``.
+def _bodies(message: Message) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What every object of ``message`` is sent as, by its name: what holds others, then the records.
 
-    Flower by itself spells and hashes the whole reply three times, each time in several copies. Children come first:
-    what holds them then finds their names. Message and dictionary have names too, for the SuperLink keeps what hangs
-    together; but nobody asks for their bytes, so that these are not sent.
+    Within ``no_object_id_recompute``. Flower by itself spells and hashes the whole reply three times, each time in
+    several copies. Children are named first: what holds them then finds their names. But the records are sent last:
+    whoever waits for them fetches these alone, and then has the SuperLink forget everything.
     """
     contents = (message.content,) if message.has_content() else ()
-    bodies = dict(_named(record) for content in contents for record in content.values())
-    for holder in (*contents, message):
-        _named(holder)
-    return bodies
+    records = dict(_named(record) for content in contents for record in content.values())
+    return dict(_named(holder) for holder in (*contents, message)), records
 
 
 def _named(item: InflatableObject) -> tuple[str, bytes]:
@@ -356,9 +358,10 @@ def _announced_records(parcel: Parcel, *, most: int) -> list[str]:
         raise MessageRefused(f"message type {kind[:40]!r}: only {MESSAGE_TYPE!r} is answered")
     dictionaries = parcel.tree.children
     records = dictionaries[0].children if len(dictionaries) == 1 else []
-    if not 0 < len(records) <= most or any(record.children for record in records):
-        raise MessageRefused(f"message content: 1 to {most} records in one dictionary are read")
-    return [str(record.object_id) for record in records]
+    names = [str(record.object_id) for record in records if not record.children]
+    if not 0 < len(records) <= most or len(set(names)) != len(records):
+        raise MessageRefused(f"message content: 1 to {most} records, no two alike, in one dictionary are read")
+    return names
 
 
 def _inflate(name: str, content: bytes) -> ConfigRecord:

@@ -52,7 +52,7 @@ class _GridPost:
 
 
 class _HttpPost:
-    """Flower's HttpGrid: one request that announces all messages, then those records that the SuperLink lacks."""
+    """Flower's HttpGrid: one request that announces all messages, then what the SuperLink does not have yet."""
 
     def __init__(self, grid: HttpGrid) -> None:
         self._grid = grid
@@ -70,23 +70,21 @@ class _HttpPost:
         push = make_push_object_fn_protobuf(
             self._client.PushObject, self._grid.node, self._run_id, announced.session_id
         )
-        wanted = [(name, bodies[name]) for name in announced.objects_to_push if name in bodies]
-        push_object_contents_from_iterable(wanted, push)
+        for part in bodies:
+            missing = [(name, part[name]) for name in part if name in announced.objects_to_push]
+            push_object_contents_from_iterable(missing, push)
         return set(announced.message_ids)
 
 
-def _bodies(messages: Sequence[Message]) -> dict[str, bytes]:
-    """What the records of ``messages`` are sent as, by their names; within ``no_object_id_recompute``.
+def _bodies(messages: Sequence[Message]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What every object of ``messages`` is sent as, by its name: what holds others, then the records.
 
-    Children come first: what holds them then finds their names and does not spell them anew. Messages and dictionaries
-    have names too, for the SuperLink keeps what hangs together; but nobody asks for their bytes, so that these are not
-    sent.
+    Within ``no_object_id_recompute``. Children are named first: what holds them then finds their names and does not
+    spell them anew. But the records are sent last: a node fetches these alone, and then has the SuperLink forget all.
     """
     contents = {id(message.content): message.content for message in messages}.values()
-    bodies = dict(_named(record) for content in contents for record in content.values())
-    for holder in (*contents, *messages):
-        _named(holder)
-    return bodies
+    records = dict(_named(record) for content in contents for record in content.values())
+    return dict(_named(holder) for holder in (*contents, *messages)), records
 
 
 def _named(item: InflatableObject) -> tuple[str, bytes]:

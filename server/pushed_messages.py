@@ -9,6 +9,7 @@ from typing import Final
 from fastapi import HTTPException
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 
 from fedgrade.federation.messages import MAX_MESSAGE_BYTES
@@ -59,6 +60,11 @@ def _is_reply(tree: ObjectTree) -> bool:
 def _differs(store: ObjectStore, tree: ObjectTree) -> bool:
     """Whether the same message is there with other objects; Flower would keep these too."""
     try:
-        return bool(store.get_object_tree(tree.object_id) != tree)
+        return _shape(store.get_object_tree(tree.object_id)) != _shape(tree)
     except NoObjectInStoreError:
         return False
+
+
+def _shape(tree: ObjectTree) -> dict[str, frozenset[str]]:
+    """What holds what; a store need not keep the order."""
+    return {one.object_id: frozenset(child.object_id for child in one.children) for one in iterate_object_tree(tree)}

@@ -9,10 +9,11 @@ from flwr.app import Message
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree, PushObjectResponse
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.fleet import FleetAccess, FleetConnection, Parcel
+from clients.fleet import FleetAccess, FleetConnection, LinkRefused, Parcel
 from clients.node_key import create_node_key, load_node_key
 from clients.wire import wrap
 from fedgrade.federation.messages import MAX_MESSAGE_BYTES
@@ -47,7 +48,8 @@ class Outgoing:
 
     def _push(self, request):
         self.sent.append(request)
-        return PushMessagesResponse()
+        tree = request.message_object_trees[0]
+        return PushMessagesResponse(objects_to_push=[one.object_id for one in iterate_object_tree(tree)])
 
     def reply(self, envelope=b"an answer"):
         self.fleet.reply(self.parcel, envelope)
@@ -77,6 +79,23 @@ def test_a_nodes_reply_and_its_refusal_pass_and_so_they_do_when_sent_again(outgo
         require_own_reply(request, store)
         store.preregister(RUN, request.message_object_trees[0])
         require_own_reply(request, store)
+
+
+def test_the_order_in_which_a_store_gives_the_records_back_does_not_matter(outgoing):
+    store, request = InMemoryObjectStore(), outgoing.reply(bytes(2 * PIECE_BYTES + 1))
+    store.preregister(RUN, request.message_object_trees[0])
+    records = request.message_object_trees[0].children[0].children
+    turned = list(reversed(records))
+    del records[:]
+    records.extend(turned)
+    require_own_reply(request, store)
+
+
+def test_a_reply_that_the_superlink_does_not_want_was_not_delivered(outgoing, monkeypatch):
+    """So it says of a second reply to one request, for instance after the first one was cut off half-way."""
+    monkeypatch.setattr(outgoing.fleet._client, "PushMessages", lambda _request: PushMessagesResponse())
+    with pytest.raises(LinkRefused, match="it has a reply to this request"):
+        outgoing.reply()
 
 
 @pytest.mark.parametrize(("messages", "trees"), [(0, 0), (0, 1), (1, 0), (2, 2), (1, 2), (2, 1)])
