@@ -1,7 +1,8 @@
 """The ClientApp: hands a message's bytes to the site's process behind its socket, and the reply back.
 
-For Flower's simulation engine, and for partners who insist on a stock SuperNode: even if that one runs a coordinator's
-bundle, the bundle finds neither keys nor photos, only a socket that answers as ``Site.answer`` answers everyone.
+For Flower's simulation engine; a stock SuperNode that runs it cannot connect to fedgrade's own SuperLink, for requests
+there are signed in another way. Whoever runs a coordinator's bundle in it: the bundle finds neither keys nor photos,
+only a socket that answers as ``Site.answer`` answers everyone.
 The socket is ``agent-socket`` in the node's configuration or, in a simulation, ``<partition-id>.sock`` in the folder
 that the environment variable FEDGRADE_AGENT_SOCKETS names.
 """

@@ -174,19 +174,19 @@ def run(settings: SuperLinkSettings) -> None:
         watch,
     )
 
-    async def both() -> None:
-        listeners = ((settings.admin_certificates, admin.config), (settings.certificates, public.config))
-        for _, config in listeners:
-            config.load()
-        following = asyncio.create_task(
-            follow_certificates([(files, config.ssl) for files, config in listeners if config.ssl is not None])
-        )
-        await asyncio.gather(admin.serve(), public.serve())
-        following.cancel()
-
     # uvicorn's own choice, uvloop where it is installed: plain asyncio is several times slower at TLS.
     with asyncio.Runner(loop_factory=admin.config.get_loop_factory()) as runner:
-        runner.run(both())
+        runner.run(_serve((settings.admin_certificates, admin), (settings.certificates, public)))
+
+
+async def _serve(*listeners: tuple[ServerCertificates, uvicorn.Server]) -> None:
+    """Both listeners, with certificates that may change, until a signal ends them."""
+    for _, server in listeners:
+        server.config.load()
+    configs = [(files, server.config.ssl) for files, server in listeners]
+    following = asyncio.create_task(follow_certificates([(files, ssl) for files, ssl in configs if ssl is not None]))
+    await asyncio.gather(*(server.serve() for _, server in listeners))
+    following.cancel()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
