@@ -15,7 +15,7 @@ from fedgrade.model.weights import write_weights
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.ledger import Entry, open_receipt
-from tests.federation.meddling import HONEST, LIAR, Meddled, liar_alone, run, trained_without
+from tests.federation.meddling import HONEST, LIAR, Meddled, liar_alone, run, spent_once_admitted, trained_without
 from tests.federation.small_federation import DECLARED, LOCAL_SGD, NAMES, POLICY, with_privacy
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -147,14 +147,7 @@ def test_any_other_refusal_puts_a_site_out(federation, job, code):
 
 
 def test_a_site_that_says_spent_for_ever_is_given_up(federation, job):
-    def spent(request, reply):
-        if federation.opened(reply, name=LIAR).document.body.kind == "admitted":
-            return reply
-        body = Refusal(code="spent", reason="ask again")
-        document = Reply(site=LIAR, request_digest=digest(request), body=body, tensors_digest=digest(b""))
-        return write_message(document, tensors=b"", key=federation.site_keys[LIAR])
-
-    trained_without(federation, job, liar_alone(spent))
+    trained_without(federation, job, spent_once_admitted(federation))
 
 
 @pytest.mark.parametrize(

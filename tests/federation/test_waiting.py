@@ -6,9 +6,8 @@ import pytest
 
 from fedgrade.errors import RoundFailed
 from fedgrade.federation.in_process import InProcessCohort
-from fedgrade.federation.messages import Refusal, Reply, Request, read_message, write_message
-from fedgrade.trust.canonical import digest
-from tests.federation.meddling import LIAR, Meddled
+from fedgrade.federation.messages import Request, read_message
+from tests.federation.meddling import LIAR, Meddled, refused, spent_once_admitted
 from tests.federation.small_federation import DISTRIBUTED, NAMES, POLICY, SPEC, with_privacy
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -92,15 +91,8 @@ def test_a_site_that_says_spent_is_asked_for_three_attempts_however_long_another
     """Each attempt may be charged."""
     Clock(monkeypatch)
 
-    def spent(request, reply):
-        if federation.opened(reply, name=LIAR).document.body.kind == "admitted":
-            return reply
-        body = Refusal(code="spent", reason="ask again")
-        document = Reply(site=LIAR, request_digest=digest(request), body=body, tensors_digest=digest(b""))
-        return write_message(document, tensors=b"", key=federation.site_keys[LIAR])
-
     with federation.answers() as answers:
-        meddled = Meddled(answers, lambda site, raw, reply: spent(raw, reply) if site == LIAR else reply)
+        meddled = Meddled(answers, spent_once_admitted(federation))
         cohort = Paused({}, lambda: {PAUSED} if len(cohort.asked) > 1 else ())
         cohort.inner = meddled
         with pytest.raises(RoundFailed, match="did not answer"):
@@ -108,12 +100,6 @@ def test_a_site_that_says_spent_is_asked_for_three_attempts_however_long_another
     # Admission, and three attempts of the first stage.
     assert sum(LIAR in asked for asked in meddled.asked) == 1 + 3
     assert len(federation.charges(LIAR)) <= 3
-
-
-def refusing(federation, request, code):
-    body = Refusal(code=code, reason="ask again")
-    document = Reply(site=LIAR, request_digest=digest(request), body=body, tensors_digest=digest(b""))
-    return write_message(document, tensors=b"", key=federation.site_keys[LIAR])
 
 
 def once(federation, code):
@@ -124,7 +110,7 @@ def once(federation, code):
         if site != LIAR or said or federation.opened(reply, name=LIAR).document.body.kind == "admitted":
             return reply
         said.append(code)
-        return refusing(federation, raw, code)
+        return refused(federation, raw, code)
 
     return meddle, said
 
