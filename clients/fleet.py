@@ -269,7 +269,7 @@ class FleetConnection:
 
     def _push(self, message: Message) -> None:
         with no_object_id_recompute():
-            bodies = _bodies(message)
+            records = _records(message)
             message.metadata.__dict__["_message_id"] = message.object_id
             tree = get_object_tree(message)
         response = self._call(
@@ -287,13 +287,12 @@ class FleetConnection:
             message.metadata.run_id,
             response.session_id,
         )
-        if message.object_id not in response.objects_to_push:
-            # Flower says so of a second reply to one request, such as one whose sending was cut off, and drops it.
+        if message.metadata.message_id not in response.objects_to_push:
+            # Flower drops a second reply to one request, such as when the sending of the first was cut off.
             raise LinkRefused(f"SuperLink {self._access.address}: it has a reply to this request, or part of one")
+        missing = [(name, records[name]) for name in records if name in response.objects_to_push]
         try:
-            for part in bodies:
-                missing = [(name, part[name]) for name in part if name in response.objects_to_push]
-                push_object_contents_from_iterable(missing, push, max_concurrent_pushes=_AT_ONCE)
+            push_object_contents_from_iterable(missing, push, max_concurrent_pushes=_AT_ONCE)
         except ObjectPushError as error:
             raise LinkRefused(f"SuperLink {self._access.address}: {error}") from error
 
@@ -326,16 +325,18 @@ class FleetConnection:
             raise MessageRefused(f"SuperLink response of {length} bytes: at most {limit} bytes are read")
 
 
-def _bodies(message: Message) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """What every object of ``message`` is sent as, by its name: what holds others, then the records.
+def _records(message: Message) -> dict[str, bytes]:
+    """What of ``message`` is sent, by its name: its records, or the message itself if it has none.
 
     Within ``no_object_id_recompute``. Flower by itself spells and hashes the whole reply three times, each time in
-    several copies. Children are named first: what holds them then finds their names. But the records are sent last:
-    whoever waits for them fetches these alone, and then has the SuperLink forget everything.
+    several copies. Children are named first: what holds them then finds their names.
     """
-    contents = (message.content,) if message.has_content() else ()
-    records = dict(_named(record) for content in contents for record in content.values())
-    return dict(_named(holder) for holder in (*contents, message)), records
+    if not message.has_content():
+        return dict([_named(message)])
+    records = dict(_named(record) for record in message.content.values())
+    for holder in (message.content, message):
+        _named(holder)
+    return records
 
 
 def _named(item: InflatableObject) -> tuple[str, bytes]:

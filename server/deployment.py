@@ -20,8 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Final, Self
 
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
-
 from fedgrade.errors import FedgradeError
 from fedgrade.trust.identity import SiteId
 from server import keeper
@@ -256,7 +254,7 @@ class Deployment:
             "superlink",
             [
                 *(sys.executable, "-m", "server.superlink", "--admin-port", str(self._admin_port)),
-                *("--public-host", host, "--public-port", port, "--database", FLWR_IN_MEMORY_DB_NAME),
+                *("--public-host", host, "--public-port", port),
                 *("--authority", str(files.authority), "--certificate", str(files.certificate)),
                 *("--key", str(files.key), "--admin-authority", str(admin.authority)),
                 *("--admin-certificate", str(admin.certificate), "--admin-key", str(admin.key)),

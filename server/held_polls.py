@@ -10,11 +10,8 @@ from collections import Counter
 from collections.abc import MutableMapping
 from typing import Any, Final
 
-from flwr.app import ConfigRecord
 from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
-from flwr.supercore.inflatable.inflatable_object import get_object_type_from_object_content
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from server.metrics import Application, Receive, Scope, Send
@@ -26,9 +23,6 @@ DELIVER: Final = "/v1/runtime/push-object"
 HOLD_SECONDS: Final = 1.0
 # The first record follows this soon on the message that announces it, or the SuperLink has all of them already.
 _RECORDS_SECONDS: Final = 0.05
-# Above this an object is a record: messages and dictionaries are smaller.
-_HOLDER_BYTES: Final = 64 * 1024
-_RECORD: Final = ConfigRecord.__qualname__
 _TAKEN: Final = 200
 
 
@@ -57,18 +51,16 @@ class HeldPolls:
                 statuses.append(message.get("status"))
                 await send(message)
 
-            if path not in {ANNOUNCE, DELIVER}:
-                await application(scope, receive, send)
-                return
-            body, receive = await _body(receive)
-            await application(scope, receive, answer)
+            if path == ANNOUNCE:
+                body, receive = await _body(receive)
+            await application(scope, receive, answer if path in {ANNOUNCE, DELIVER} else send)
             if statuses[:1] != [_TAKEN]:
                 # Who may not send is not listened to.
                 return
             if path == ANNOUNCE:
                 self._announced |= _receivers(body)
                 asyncio.get_running_loop().call_later(_RECORDS_SECONDS, self._note)
-            elif len(body) > _HOLDER_BYTES or _is_record(body):
+            else:
                 self._note()
 
         return noted
@@ -136,15 +128,6 @@ def _receivers(body: bytes) -> set[int]:
         return {message.metadata.dst_node_id for message in PushAppMessagesRequest.FromString(body).messages_list}
     except DecodeError:
         return set()
-
-
-def _is_record(body: bytes) -> bool:
-    """Whether a run delivers a record, and not the message or the dictionary around it, which comes before."""
-    try:
-        content = PushObjectRequest.FromString(body).object_content
-        return bool(get_object_type_from_object_content(content) == _RECORD)
-    except Exception:  # noqa: BLE001 - flwr's parsers raise whatever they meet
-        return False
 
 
 def _asker(body: bytes) -> int:

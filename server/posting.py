@@ -61,7 +61,7 @@ class _HttpPost:
 
     def send(self, messages: Sequence[Message]) -> set[str]:
         with no_object_id_recompute():
-            bodies = _bodies(messages)
+            records = _records(messages)
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
             trees = [get_object_tree(message) for message in messages]
@@ -70,21 +70,22 @@ class _HttpPost:
         push = make_push_object_fn_protobuf(
             self._client.PushObject, self._grid.node, self._run_id, announced.session_id
         )
-        for part in bodies:
-            missing = [(name, part[name]) for name in part if name in announced.objects_to_push]
-            push_object_contents_from_iterable(missing, push)
+        missing = [(name, records[name]) for name in records if name in announced.objects_to_push]
+        push_object_contents_from_iterable(missing, push)
         return set(announced.message_ids)
 
 
-def _bodies(messages: Sequence[Message]) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """What every object of ``messages`` is sent as, by its name: what holds others, then the records.
+def _records(messages: Sequence[Message]) -> dict[str, bytes]:
+    """What the records of ``messages`` are sent as, by their names; what holds them is named, and never sent.
 
     Within ``no_object_id_recompute``. Children are named first: what holds them then finds their names and does not
-    spell them anew. But the records are sent last: a node fetches these alone, and then has the SuperLink forget all.
+    spell them anew.
     """
     contents = {id(message.content): message.content for message in messages}.values()
     records = dict(_named(record) for content in contents for record in content.values())
-    return dict(_named(holder) for holder in (*contents, *messages)), records
+    for holder in (*contents, *messages):
+        _named(holder)
+    return records
 
 
 def _named(item: InflatableObject) -> tuple[str, bytes]:

@@ -23,8 +23,7 @@ from typing import Any, Final
 import uvicorn
 from fastapi import FastAPI
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
-from flwr.supercore.constant import NodeStatus
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NodeStatus
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
 from flwr.superlink.main import create_app
 from flwr.superlink.routers.control.middlewares import (
@@ -41,6 +40,7 @@ from fedgrade.logs import configure_logs
 from server.certificates import ServerCertificates
 from server.connections import Watch
 from server.enrolled_keys import EnrolledKeys
+from server.flower_state import LeafLifespan
 from server.held_polls import HeldPolls
 from server.listener import GuardedServer, require_free
 from server.live_certificate import follow_certificates
@@ -84,7 +84,6 @@ class SuperLinkSettings:
         admin_port: port on 127.0.0.1 for the coordinator's own tools.
         certificates: TLS files of the public listener.
         admin_certificates: of the one on loopback, whose authority is its own: partners' may be replaced meanwhile.
-        database: sqlite file; enrolments, runs and messages in flight survive a restart.
         token_file: bearer token of the admin listener.
         superexec_secret_file: shared with ``flower-superexec``.
         progress: a line a finished stage of the run that is on, for the metrics.
@@ -95,7 +94,6 @@ class SuperLinkSettings:
     admin_port: int
     certificates: ServerCertificates
     admin_certificates: ServerCertificates
-    database: Path
     token_file: Path
     superexec_secret_file: Path
     progress: Path
@@ -140,7 +138,7 @@ def run(settings: SuperLinkSettings) -> None:
         DocumentRefused: token or secret are missing or readable by others.
     """
     token = read_private(settings.token_file).strip()
-    application = create_app(_lifespan_config(settings), SuperLinkLifespan)
+    application = create_app(_lifespan_config(settings), LeafLifespan)
     runs, everything = _without(application, _IDLE_FOR_RUNS), application
 
     async def by_path(scope: Scope, receive: Receive, send: Send) -> None:
@@ -202,7 +200,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("admin-authority", "certificate of the admin listener's own authority, PEM"),
         ("admin-certificate", "the admin listener's certificate, PEM"),
         ("admin-key", "the admin listener's private key, PEM, mode 0600"),
-        ("database", "sqlite file"),
         ("token-file", "bearer token of the admin listener, mode 0600"),
         ("superexec-secret-file", "secret shared with flower-superexec, mode 0600"),
         ("progress", "file with a line a finished stage of the run that is on, for /metrics"),
@@ -226,7 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             admin_certificates=ServerCertificates(
                 authority=given.admin_authority, certificate=given.admin_certificate, key=given.admin_key
             ),
-            database=given.database,
             token_file=given.token_file,
             superexec_secret_file=given.superexec_secret_file,
             progress=given.progress,
@@ -257,7 +253,7 @@ def _lifespan_config(settings: SuperLinkSettings) -> SuperLinkLifespanConfig:
         ssl_ca_certfile=str(files.authority),
         ssl_certfile=str(files.certificate),
         ssl_keyfile=str(files.key),
-        database=str(settings.database),
+        database=FLWR_IN_MEMORY_DB_NAME,
         # Only with "process" does Flower ask the superexec for its secret.
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,

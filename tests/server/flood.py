@@ -21,6 +21,7 @@ from clients.node_key import load_node_key
 from fedgrade.trust.request_signature import NO_SESSION, RequestClaim, sign
 
 PULL = "/v1/fleet/pull-messages"
+ANSWERS = 20
 
 
 def connection(deployment, key):
@@ -62,7 +63,8 @@ class Asking(threading.Thread):
     def run(self):
         while not self._stop_now.wait(0.02):
             try:
-                self.fleet.heartbeat() if self.answers % 10 == 0 else self.fleet.receive()
+                # A question for messages is held for up to a second; a heartbeat is answered at once.
+                self.fleet.receive() if self.answers % 10 == 0 else self.fleet.heartbeat()
             except Exception as error:  # noqa: BLE001 - the test says which
                 self.failure = error
                 return
@@ -178,15 +180,19 @@ def lorises(deployment, count):
 
 
 def withstand(deployment, own, caught, *, lorises_held, requests):
-    """Flood the public port while the node ``own`` asks: how it fared, what came of the flood, bytes of memory more."""
+    """Flood the public port while the node ``own`` asks: how it fared, what came of the flood, bytes of memory more.
+
+    The flood has ``requests`` requests and goes on until the node was answered ``ANSWERS`` times or failed.
+    """
     process = deployment.process("superlink").pid
     asyncio.run(flood(deployment, itertools.islice(bad_requests(caught), 300), lanes=8))
     before = resident_bytes(process)
     held, node = lorises(deployment, lorises_held), Asking(own)
     node.start()
-    cheap = itertools.islice(bad_requests(caught), requests - 20)
-    dear = itertools.islice(itertools.cycle(EXPENSIVE), 20)
-    found = asyncio.run(flood(deployment, itertools.chain(cheap, dear), lanes=8))
+    dear, cheap = itertools.islice(itertools.cycle(EXPENSIVE), 20), bad_requests(caught)
+    first = itertools.chain(itertools.islice(cheap, requests - 20), dear)
+    rest = itertools.takewhile(lambda _: node.failure is None and node.answers < ANSWERS, cheap)
+    found = asyncio.run(flood(deployment, itertools.chain(first, rest), lanes=8))
     node.end()
     for one in held:
         one.close()

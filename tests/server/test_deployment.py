@@ -224,8 +224,8 @@ def test_a_reply_that_is_announced_and_never_sent_holds_up_no_one(deployment, gr
 
     lying = threading.Thread(target=lie, daemon=True)
     lying.start()
-    honest = [Node(deployment, enrolled[site], marked(site)) for site in ("alpha", "gamma")]
-    with running(*honest):
+    honest = {site: enrolled[site] for site in ("alpha", "gamma")}
+    with online(deployment, honest):
         replies = GridCohort(grid, nodes).ask(dict.fromkeys(nodes, b"?"), deadline_seconds=5.0)
     lying.join(PATIENCE)
     liar.close()

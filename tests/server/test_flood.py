@@ -13,7 +13,7 @@ from clients.fleet import LinkRefused
 from clients.node_key import create_node_key
 from server.connections import Limits
 from server.deployment import Deployment
-from tests.server.flood import Caught, connection, flood, lorises, withstand
+from tests.server.flood import ANSWERS, Caught, connection, flood, lorises, withstand
 
 pytestmark = pytest.mark.flower
 
@@ -45,8 +45,8 @@ def test_a_node_is_answered_throughout_and_strangers_cost_little_memory(deployme
     own, beta = fleets
     node, found, growth = withstand(deployment, own, Caught(beta), lorises_held=LORISES, requests=REQUESTS)
     assert node.failure is None
-    assert node.answers > 10
-    assert sum(found.values()) == REQUESTS
+    assert node.answers >= ANSWERS
+    assert sum(found.values()) >= REQUESTS
     # An answer may be lost with its connection where the sender was still speaking; a wrong one never comes.
     assert not {pair: times for pair, times in found.items() if pair[0] != pair[1] and pair[1] is not None}
     assert found[401, 401] > REQUESTS / 4

@@ -10,16 +10,22 @@ from flwr.cli.build import build_fab_from_files
 from flwr.common import serde
 from flwr.common.constant import Status, SubStatus
 from flwr.proto import control_pb2, message_pb2, runtime_pb2
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.server.superlink.linkstate.linkstate_factory import LinkStateFactory
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet import node_auth
 
-from server import control, superlink
+from server import control, flower_state, superlink
 
 
 @pytest.mark.parametrize(
@@ -39,6 +45,9 @@ from server import control, superlink
         (HttpGrid.__init__, "self runtime_api_address insecure root_certificates token"),
         (create_app, "config superlink_lifespan_class"),
         (SuperLinkLifespan.__init__, "self config state_factory"),
+        (InMemoryObjectStore.preregister, "self run_id object_tree"),
+        (InMemoryLinkState.__init__, "self federation_manager object_store"),
+        (InMemoryLinkState.store_message_and_object_tree, "self message object_tree session_id"),
         (build_fab_from_files, "files"),
         (serde.fab_to_proto, "fab"),
         (serde.user_config_to_proto, "user_config"),
@@ -46,6 +55,17 @@ from server import control, superlink
 )
 def test_a_private_call_has_kept_its_signature(function, parameters):
     assert list(inspect.signature(function).parameters) == parameters.split()
+
+
+def test_the_superlinks_state_is_ours_from_its_first_request_on():
+    stores = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
+    factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(simulation=False), stores)
+    before = factory.state()
+    flower_state.LeafLifespan(None, factory)
+    assert isinstance(factory.state(), flower_state.LeafState)
+    assert factory.state() is factory.federation_manager.linkstate is not before
+    assert factory.state().object_store is stores.store()
+    assert isinstance(stores.store(), flower_state.LeafStore)
 
 
 def test_the_superlinks_settings_are_those_that_were_read():

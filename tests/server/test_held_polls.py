@@ -3,9 +3,8 @@
 import asyncio
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.proto.message_pb2 import Message, Metadata, PushObjectRequest
+from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
@@ -62,13 +61,8 @@ class House:
         messages = [Message(metadata=Metadata(dst_node_id=node)) for node in nodes]
         body = PushAppMessagesRequest(messages_list=messages).SerializeToString()
         await self._request(self._runs, ANNOUNCE, body)
-        await self.deliver(RecordDict())
         for _ in range(records):
-            await self.deliver(ConfigRecord({"envelope": b"x"}))
-
-    async def deliver(self, item):
-        body = PushObjectRequest(object_id="0" * 64, object_content=item.deflate()).SerializeToString()
-        await self._request(self._runs, DELIVER, body)
+            await self._request(self._runs, DELIVER, b"a record")
 
 
 def run(scenario):
@@ -100,23 +94,6 @@ def test_a_first_question_passes_and_the_next_is_held_until_a_run_has_sent_this_
         assert await bob
         # What was sent while nobody asked is heard of at once.
         assert await house.pull(ALICE)
-
-    run(scenario())
-
-
-def test_nobody_is_let_go_for_what_only_holds_records():
-    async def scenario():
-        house = House()
-        await house.pull(ALICE)
-        question = held(house.pull(ALICE))
-        await settle()
-        house.polls._announced = {ALICE}
-        await house.deliver(RecordDict())
-        await house._request(house._runs, DELIVER, b"\xff\xff no object")
-        await settle()
-        assert not question.done()
-        await house.deliver(ConfigRecord({"envelope": bytes(100_000)}))
-        assert await question
 
     run(scenario())
 
@@ -172,7 +149,7 @@ def test_the_application_gets_the_whole_question():
     run(scenario())
 
 
-@pytest.mark.parametrize("path", [PULL, ANNOUNCE])
+@pytest.mark.parametrize("path", [PULL, ANNOUNCE, DELIVER])
 def test_what_cannot_be_read_is_passed_on(path):
     async def scenario():
         house = House()

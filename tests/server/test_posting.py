@@ -29,10 +29,10 @@ def _within_a_run(monkeypatch):
 
 
 def by_flower(*messages):
-    """What Flower sends of ``messages``: of what holds others, and of the records."""
+    """What Flower sends of ``messages``, and of it the records."""
     items = {name: item for message in messages for name, item in get_all_nested_objects(message).items()}
-    records = {name: item.deflate() for name, item in items.items() if isinstance(item, ConfigRecord)}
-    return {name: item.deflate() for name, item in items.items() if name not in records}, records
+    everything = {name: item.deflate() for name, item in items.items()}
+    return everything, {name: everything[name] for name, item in items.items() if isinstance(item, ConfigRecord)}
 
 
 def names(*messages):
@@ -47,21 +47,22 @@ def messages(*nodes, size=3000):
 @pytest.mark.parametrize("size", [3000, 2 * PIECE_BYTES + 5])
 def test_a_coordinators_messages_are_spelt_as_flower_spells_them_and_what_they_share_once(size):
     given = messages(7, 8, size=size)
-    holders, records = by_flower(*given)
+    everything, records = by_flower(*given)
     with no_object_id_recompute():
-        assert posting._bodies(given) == (holders, records)
-        assert names(*given) == holders.keys() | records.keys()
-    assert len(holders) == 3
+        assert posting._records(given) == records
+        assert names(*given) == everything.keys()
+    assert len(everything) == 3 + len(records)
     assert len(records) == 1 + size // PIECE_BYTES
 
 
 def test_a_nodes_reply_is_spelt_as_flower_spells_it():
     (request,) = messages(7)
-    for reply in (Message(request.content, reply_to=request), Message(Error(2, "no"), reply_to=request)):
-        expected = by_flower(reply)
+    answer, error = Message(request.content, reply_to=request), Message(Error(2, "no"), reply_to=request)
+    for reply in (answer, error):
+        everything, records = by_flower(reply)
         with no_object_id_recompute():
-            assert fleet._bodies(reply) == expected
-            assert names(reply) == expected[0].keys() | expected[1].keys()
+            assert fleet._records(reply) == (everything if reply is error else records)
+            assert names(reply) == everything.keys()
 
 
 def test_the_private_calls_of_the_post_have_kept_their_signatures():

@@ -4,7 +4,7 @@ import pytest
 
 from clients.node_key import create_node_key
 from server.deployment import Deployment
-from tests.server.flood import Caught, connection, withstand
+from tests.server.flood import ANSWERS, Caught, connection, withstand
 
 pytestmark = [pytest.mark.slow, pytest.mark.flower]
 
@@ -24,14 +24,16 @@ def test_ten_thousand_bad_requests_and_two_hundred_slow_ones_keep_no_node_waitin
         for one in fleets:
             one.close()
     assert node.failure is None
-    assert sum(found.values()) == REQUESTS
+    assert node.answers >= ANSWERS
+    sent = sum(found.values())
+    assert sent >= REQUESTS
     assert not {pair: times for pair, times in found.items() if pair[0] != pair[1] and pair[1] is not None}
     assert growth < MAX_GROWTH
     statuses = {pair[1]: 0 for pair in found}
     for (_, status), times in found.items():
         statuses[status] += times
     told = (
-        f"{LORISES} connections that never finish a header, and {REQUESTS} bad requests over 8 connections, on one "
+        f"{LORISES} connections that never finish a header, and {sent} bad requests over 8 connections, on one "
         f"machine with a node that meanwhile asked {node.answers} times and was answered each time. The SuperLink grew "
         f"by {growth / 2**20:.0f} MB."
     )

@@ -1,0 +1,50 @@
+"""What Flower's SuperLink keeps, in memory, and of each message asks for what somebody fetches: its records.
+
+Flower asks for the message and its dictionary as objects too, which its own nodes fetch and put together again. Ours,
+and our runs, read what holds what from the tree that is announced, and take the records alone. An object that is
+asked for and does not come leaves the whole push open, so not to send it is no way to save its request; not to ask
+for it is one. flwr's classes used here are private API: tests/server/test_flwr_contract.py holds them.
+"""
+
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.server.superlink.linkstate.linkstate_factory import LinkStateFactory
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+
+
+class LeafStore(InMemoryObjectStore):  # type: ignore[misc]
+    """Objects of messages, of which those that hold others are known by name and never come."""
+
+    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
+        """Expect all objects of ``object_tree``; the names of those that are missing and hold no others."""
+        leaves = {node.object_id for node in iterate_object_tree(object_tree) if not node.children}
+        return [name for name in super().preregister(run_id, object_tree) if name in leaves]
+
+
+class LeafState(InMemoryLinkState):  # type: ignore[misc]
+    """Nodes, runs and messages; whoever announces a message learns whether it was taken."""
+
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: ObjectTree, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """Whether ``message`` was taken, and what to send of it.
+
+        A message that was taken is itself among what to send, though only one without records is awaited: a second
+        reply to one request is not taken, and without this sign it would look like one whose records are all there.
+        """
+        taken, missing = super().store_message_and_object_tree(message, object_tree, session_id)
+        return taken, list(dict.fromkeys([*missing, object_tree.object_id])) if taken else []
+
+
+class LeafLifespan(SuperLinkLifespan):  # type: ignore[misc]
+    """Flower's own, over these two, which take the place of what ``create_app`` has made and nobody has used yet."""
+
+    def __init__(self, config: SuperLinkLifespanConfig, state_factory: LinkStateFactory) -> None:
+        store = LeafStore()
+        state_factory.objectstore_factory.store_instance = store
+        state_factory.state_instance = LeafState(state_factory.federation_manager, store)
+        super().__init__(config, state_factory)
