@@ -300,11 +300,13 @@ class SumConversation:
         """Ask, and ask the silent again, within this phase's part of the deadline.
 
         Without more than ``spare`` of those asked, the attempt is over, and nobody else is waited for. Who is silent is
-        waited for where ``company``, those asked if not given, is too small without it.
+        waited for where the attempt would be over without it, since the others would pay again; or, while nobody has
+        paid, where ``company`` would be too few for any attempt.
         """
         phases = 4 if terms.task.tolerated_dropouts else 2
         patience = self._exchange.deadline_seconds / phases
         turns, asking = Turns(patience, each_seconds=patience / (1 + RESENDS)), True
+        at_least = len(bodies) - spare if company is None else None
         answers = _Answers()
         while asking:
             waiting = {
@@ -317,7 +319,8 @@ class SumConversation:
             replies = self._exchange.ask(waiting, tensors=tensors, deadline_seconds=turns.seconds, passing=_PASSING)
             for site, reply in replies.items():
                 _sort(site, reply, accept, answers)
-            asking = self._exchange.asks_again(turns, waiting, replies, company=bodies if company is None else company)
+            still = [site for site in bodies if site not in answers.behind and site not in answers.lost]
+            asking = self._exchange.asks_again(turns, waiting, replies, company=company or still, at_least=at_least)
         answers.lost.update({site: "did not answer" for site in bodies if site not in answers})
         return answers
 

@@ -141,27 +141,74 @@ def test_a_site_that_could_not_just_now_and_is_started_again_is_waited_for(feder
     assert len(federation.charges(LIAR)) == 4
 
 
+class Staged(Paused):
+    """``away(stage, kind)`` is asked with the stage, a purpose and a round, and the kind of the question under way."""
+
+    def __init__(self, federation, sites, away):
+        self.stage, self.kind = None, None
+        super().__init__(sites, lambda: away(self.stage, self.kind))
+        self._coordinator = federation.roster.coordinator
+
+    def ask(self, requests, *, deadline_seconds):
+        raw = next(iter(requests.values()))
+        body = read_message(raw, as_=Request, signed_by=self._coordinator).document.body
+        self.kind = body.kind
+        if body.kind == "contribute":
+            self.stage = (body.purpose, body.round_index)
+        elif body.kind == "commit":
+            self.stage = (body.proposal.terms.task.purpose, body.proposal.terms.task.round_index)
+        return super().ask(requests, deadline_seconds=deadline_seconds)
+
+
+SUMMING = replace(POLICY, modes=(*POLICY.modes, "distributed"))
+
+
+@pytest.mark.parametrize("away", [20.0, 250.0])
+def test_who_is_away_while_the_others_have_paid_for_a_sum_is_waited_for_and_nobody_pays_again(
+    federation, monkeypatch, away
+):
+    """Two of three would do for the job, but this attempt is over without the third."""
+    clock, job, gone = Clock(monkeypatch), federation.job(DISTRIBUTED), []
+
+    def paused(stage, kind):
+        if (stage, kind) == (("train", 0), "contribute"):
+            gone.append(clock.now)
+        return {PAUSED} if gone and clock.now < gone[0] + away else ()
+
+    with federation.answers(policy=SUMMING) as answers:
+        federation.run(job, Staged(federation, answers, paused), deadline_seconds=600.0)
+    stages = {len(federation.charges(name)) for name in NAMES}
+    assert stages == set(federation.release(job).release.contributions.values())
+    assert len(stages) == 1
+    assert away <= clock.now < 2 * away
+
+
+def test_who_does_not_come_back_to_a_sum_costs_its_phase_of_the_deadline_and_the_others_one_more_charge(
+    federation, monkeypatch
+):
+    clock, job, gone = Clock(monkeypatch), federation.job(DISTRIBUTED), []
+
+    def away(stage, kind):
+        gone.extend([PAUSED] if (stage, kind) == (("train", 0), "contribute") else [])
+        return set(gone)
+
+    with federation.answers(policy=SUMMING) as answers:
+        federation.run(job, Staged(federation, answers, away), deadline_seconds=600.0)
+    contributions = federation.release(job).release.contributions
+    assert 250.0 < clock.now <= 310.0
+    for name in set(NAMES) - {PAUSED}:
+        assert len(federation.charges(name)) == contributions[name] + 1
+
+
 @pytest.mark.parametrize("summed", [False, True], ids=["each alone", "in a secure sum"])
 def test_a_site_that_rested_takes_the_place_of_one_that_is_away(federation, monkeypatch, summed):
     """Two of three are enough; one misses a stage and rests, and is back when another goes away."""
-    clock, stage = Clock(monkeypatch), []
+    clock = Clock(monkeypatch)
     job = federation.job(DISTRIBUTED if summed else with_privacy(rounds=1))
     first, second, third = NAMES
     away = {("centre", 0): {third}, ("train", 0): {second}}
-
-    class Staged(Paused):
-        def ask(self, requests, *, deadline_seconds):
-            raw = next(iter(requests.values()))
-            body = read_message(raw, as_=Request, signed_by=federation.roster.coordinator).document.body
-            if body.kind == "contribute":
-                stage[:] = [(body.purpose, body.round_index)]
-            elif body.kind == "commit":
-                stage[:] = [(body.proposal.terms.task.purpose, body.proposal.terms.task.round_index)]
-            return super().ask(requests, deadline_seconds=deadline_seconds)
-
-    policy = replace(POLICY, modes=(*POLICY.modes, "distributed"))
-    with federation.answers(policy=policy) as answers:
-        cohort = Staged(answers, lambda: away.get(stage[0], ()) if stage else ())
+    with federation.answers(policy=SUMMING) as answers:
+        cohort = Staged(federation, answers, lambda stage, _: away.get(stage, ()))
         federation.run(job, cohort, deadline_seconds=600.0)
     assert clock.now < 10.0
     contributions = federation.release(job).release.contributions
