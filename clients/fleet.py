@@ -13,9 +13,8 @@ from typing import Final, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, Error, Message
+from flwr.app import ConfigRecord, Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -28,11 +27,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
-    _get_computed_object_ids,
     get_object_id,
-    get_object_tree,
-    no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
@@ -49,15 +44,15 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from clients.outgoing import Outgoing
 from clients.request_signature import RequestSigner
-from clients.wire import wrap
 from fedgrade.errors import FedgradeError, MessageRefused
 from fedgrade.federation.pieces import FRAME_BYTES, MESSAGE_TYPE, PIECE_BYTES, join, most_pieces
 
 _PULL_SECONDS: Final = 120.0
 # Of pieces on their way at once; the SuperLink answers a node key no more than a handful of requests at a time.
 _AT_ONCE: Final = 2
-_MAX_REASON_CHARACTERS: Final = 300
+_MAX_SAID_CHARACTERS: Final = 300
 _LATER: Final = frozenset(
     {
         httpx.codes.REQUEST_TIMEOUT,
@@ -237,24 +232,51 @@ class FleetConnection:
         )
         confirm(parcel.message.metadata.message_id)
 
-    def reply(self, parcel: Parcel, envelope: bytes) -> None:
-        """Send ``envelope`` back to the sender of ``parcel``.
+    def send(self, outgoing: Outgoing) -> None:
+        """Send a reply, or what is left of it.
 
         Raises:
-            LinkDown: no answer.
-            LinkRefused: the run is over.
+            LinkDown: no answer; the same call may succeed later.
+            LinkRefused: the run is over, or the SuperLink did not take all of it.
         """
-        self._push(Message(wrap(envelope), reply_to=parcel.message))
+        if outgoing.session is None:
+            self._announce(outgoing)
+        push_one = make_push_object_fn_protobuf(
+            lambda request: self._call(self._client.PushObject, request),
+            self._node,
+            outgoing.message.metadata.run_id,
+            str(outgoing.session),
+        )
 
-    def refuse(self, parcel: Parcel, reason: str) -> None:
-        """Send one line that says why ``parcel`` is not answered.
+        def push(name: str, body: bytes) -> None:
+            try:
+                push_one(name, body)
+            except ObjectPushError:
+                # Or it has it, and its answer was lost: what was not surely delivered counts as not delivered.
+                outgoing.refused.add(name)
+            del outgoing.left[name]
 
-        Raises:
-            LinkDown: no answer.
-            LinkRefused: the run is over.
-        """
-        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason[:_MAX_REASON_CHARACTERS])
-        self._push(Message(error, reply_to=parcel.message))
+        push_object_contents_from_iterable(list(outgoing.left.items()), push, max_concurrent_pushes=_AT_ONCE)
+        if outgoing.refused:
+            raise LinkRefused(f"SuperLink {self._access.address}: it did not take {len(outgoing.refused)} of the reply")
+
+    def _announce(self, outgoing: Outgoing) -> None:
+        response = self._call(
+            self._client.PushMessages,
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(remove_content_from_message(outgoing.message))],
+                message_object_trees=[outgoing.tree],
+                clientapp_runtime_list=[0.0],  # how long a site computes is no business of the SuperLink
+            ),
+        )
+        wanted = set(response.objects_to_push)
+        if outgoing.message.metadata.message_id not in wanted:
+            raise LinkRefused(
+                f"SuperLink {self._access.address}: it does not want this reply; the request was answered, or is over"
+            )
+        outgoing.left = {name: body for name, body in outgoing.left.items() if name in wanted}
+        outgoing.session = response.session_id
 
     def close(self) -> None:
         """Announce the node as offline if the SuperLink still listens, and close the connection."""
@@ -266,35 +288,6 @@ class FleetConnection:
             return
         finally:
             self._client.close()
-
-    def _push(self, message: Message) -> None:
-        with no_object_id_recompute():
-            records = _records(message)
-            message.metadata.__dict__["_message_id"] = message.object_id
-            tree = get_object_tree(message)
-        response = self._call(
-            self._client.PushMessages,
-            PushMessagesRequest(
-                node=self._node,
-                messages_list=[message_to_proto(remove_content_from_message(message))],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[0.0],  # how long a site computes is no business of the SuperLink
-            ),
-        )
-        push = make_push_object_fn_protobuf(
-            lambda request: self._call(self._client.PushObject, request),
-            self._node,
-            message.metadata.run_id,
-            response.session_id,
-        )
-        if message.metadata.message_id not in response.objects_to_push:
-            # Flower drops a second reply to one request, such as when the sending of the first was cut off.
-            raise LinkRefused(f"SuperLink {self._access.address}: it has a reply to this request, or part of one")
-        missing = [(name, records[name]) for name in records if name in response.objects_to_push]
-        try:
-            push_object_contents_from_iterable(missing, push, max_concurrent_pushes=_AT_ONCE)
-        except ObjectPushError as error:
-            raise LinkRefused(f"SuperLink {self._access.address}: {error}") from error
 
     def _call(self, method: Callable[..., Result], request: object) -> Result:
         """``method(request)``, with httpx's many ways to fail told apart into later and no."""
@@ -323,29 +316,6 @@ class FleetConnection:
             raise MessageRefused("SuperLink response: a plain body of declared length is required")
         if int(length) > limit:
             raise MessageRefused(f"SuperLink response of {length} bytes: at most {limit} bytes are read")
-
-
-def _records(message: Message) -> dict[str, bytes]:
-    """What of ``message`` is sent, by its name: its records, or the message itself if it has none.
-
-    Within ``no_object_id_recompute``. Flower by itself spells and hashes the whole reply three times, each time in
-    several copies. Children are named first: what holds them then finds their names.
-    """
-    if not message.has_content():
-        return dict([_named(message)])
-    records = dict(_named(record) for record in message.content.values())
-    for holder in (message.content, message):
-        _named(holder)
-    return records
-
-
-def _named(item: InflatableObject) -> tuple[str, bytes]:
-    """The name of ``item``, which Flower goes by from now on, and what it is sent as."""
-    body = item.deflate()
-    name = get_object_id(body)
-    item.__dict__["_object_id"] = name
-    _get_computed_object_ids().add(name)
-    return name, body
 
 
 def _announced_records(parcel: Parcel, *, most: int) -> list[str]:
@@ -379,7 +349,7 @@ def _inflate(name: str, content: bytes) -> ConfigRecord:
 
 def _plain(text: str) -> str:
     """What a SuperLink says, fit for this site's log and terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text[:_MAX_REASON_CHARACTERS])
+    return "".join(character if character.isprintable() else "?" for character in text[:_MAX_SAID_CHARACTERS])
 
 
 def _hint(status: int) -> str:

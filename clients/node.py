@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 from clients.fleet import FleetAccess, FleetConnection, LinkDown, LinkRefused, Parcel
 from clients.gate import Answer, untold
 from clients.link import LinkSource, NodeLink, Standing
+from clients.outgoing import Outgoing, answer_to, refusal_of
 from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused
 
 logger = logging.getLogger(__name__)
@@ -261,29 +262,29 @@ def _answer_one(
     except MessageRefused as error:
         reason = str(error)
         logger.warning("run %d: message refused: %s", parcel.run_id, reason)
-        _send(connection, lambda: connection.refuse(parcel, reason), parcel, stop)
+        _send(connection, parcel, refusal_of(parcel.message, reason), stop)
         return
     except Exception:
         # The last door of the site: the operator reads the trace here, the coordinator learns nothing from it.
         logger.exception("run %d: the site could not answer", parcel.run_id)
-        _send(
-            connection,
-            lambda: connection.refuse(parcel, "the site could not answer; its operator has the reason"),
-            parcel,
-            stop,
-        )
+        reason = "the site could not answer; its operator has the reason"
+        _send(connection, parcel, refusal_of(parcel.message, reason), stop)
         return
-
-    def deliver() -> None:
-        connection.reply(parcel, reply)
-        on_delivered(request)
-
-    _send(connection, deliver, parcel, stop)
+    _send(connection, parcel, answer_to(parcel.message, reply), stop, on_sent=lambda: on_delivered(request))
 
 
-def _send(connection: FleetConnection, send: Callable[[], None], parcel: Parcel, stop: threading.Event) -> None:
+def _send(
+    connection: FleetConnection,
+    parcel: Parcel,
+    outgoing: Outgoing,
+    stop: threading.Event,
+    *,
+    on_sent: Callable[[], None] | None = None,
+) -> None:
     try:
-        _patiently(send, stop)
+        _patiently(lambda: connection.send(outgoing), stop)
+        if on_sent is not None:
+            on_sent()
         # Last, because nobody waits for it.
         _patiently(lambda: connection.confirm(parcel), stop)
     except LinkRefused as error:

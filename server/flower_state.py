@@ -10,6 +10,7 @@ from flwr.app import Message
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.server.superlink.linkstate.linkstate_factory import LinkStateFactory
+from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -22,11 +23,24 @@ class LeafStore(InMemoryObjectStore):  # type: ignore[misc]
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """Expect all objects of ``object_tree``; the names of those that are missing and hold no others."""
         leaves = {node.object_id for node in iterate_object_tree(object_tree) if not node.children}
-        return [name for name in super().preregister(run_id, object_tree) if name in leaves]
+        # All at once: of what two messages share, nothing may be forgotten with the one while the other is announced.
+        with self.lock_store:
+            return [name for name in super().preregister(run_id, object_tree) if name in leaves]
 
 
 class LeafState(InMemoryLinkState):  # type: ignore[misc]
     """Nodes, runs and messages; whoever announces a message learns whether it was taken."""
+
+    def start_session(self, run_id: int) -> str:
+        """Begin a push, and forget those that are out of time and in which nothing was to be sent.
+
+        Flower's end with what they await, at least the message itself; ours may await nothing.
+        """
+        with self._lock_object_push_sessions:
+            for name, session in list(self._object_push_sessions.items()):
+                if not session.pending_object_ids and session.expires_at <= now():
+                    self._cleanup_push_session(name, cleanup_messages=False)
+            return str(super().start_session(run_id))
 
     def store_message_and_object_tree(
         self, message: Message, object_tree: ObjectTree, session_id: str
@@ -36,8 +50,20 @@ class LeafState(InMemoryLinkState):  # type: ignore[misc]
         A message that was taken is itself among what to send, though only one without records is awaited: a second
         reply to one request is not taken, and without this sign it would look like one whose records are all there.
         """
-        taken, missing = super().store_message_and_object_tree(message, object_tree, session_id)
+        # Taken in this order where a push is out of time, too; in Flower's own, one thread can wait there for another
+        # that waits for it here, and the SuperLink for both.
+        with self._lock_object_push_sessions:
+            taken, missing = super().store_message_and_object_tree(message, object_tree, session_id)
         return taken, list(dict.fromkeys([*missing, object_tree.object_id])) if taken else []
+
+    def delete_messages(self, message_ins_ids: set[str]) -> None:
+        """Forget these requests, with what they carried, and the replies to them.
+
+        Flower keeps what a request carried until its node confirms it, which a node that is offline never does.
+        """
+        super().delete_messages(message_ins_ids)
+        for name in message_ins_ids:
+            self.object_store.delete(name)
 
 
 class LeafLifespan(SuperLinkLifespan):  # type: ignore[misc]

@@ -112,7 +112,13 @@ class Conversation:
                 if isinstance(body, Admitted) and self._watched(site, body) and self._keyed(site, body):
                     admitted.add(site)
                     (self._evaluating.add if body.evaluates else self._evaluating.discard)(site)
-            asking = self._exchange.asks_again(turns, silent, replies, company=self._exchange.active)
+            asking = self._exchange.asks_again(
+                turns,
+                silent,
+                replies,
+                company=self._exchange.active,
+                at_least=self._exchange.job.spec.aggregation.minimum_sites,
+            )
         return admitted
 
     def _watched(self, site: SiteId, body: Admitted) -> bool:
@@ -177,7 +183,7 @@ class Conversation:
                 attempts = {**dict.fromkeys(awake, 0), **attempts}
             # What was lost is charged anew, however late it is heard of.
             lost = any(0 < attempts[site] <= RESENDS for site in replies if site not in received)
-            asking = self._exchange.asks_again(turns, asked, replies, company=awake) or lost
+            asking = self._exchange.asks_again(turns, asked, replies, company=awake, at_least=minimum) or lost
         for site in awake:
             # Whoever says that it cannot just now costs no time, and is asked again in every stage.
             if site in self._exchange.active and site not in received and site not in self._exchange.unable:

@@ -267,20 +267,18 @@ class Exchange:
         replies: Collection[SiteId],
         *,
         company: Collection[SiteId],
-        at_least: int | None = None,
+        at_least: int,
     ) -> bool:
-        """Whether to ask the silent of ``asked`` once more, after a pause where the rest of ``company`` is too few.
-
-        Too few are fewer than ``at_least``, or than ``aggregation.minimum_sites``.
+        """Whether to ask the silent of ``asked`` once more, after a pause where ``company`` without them is too few.
 
         Who is offline, or paused, is known at once, and a question to it costs no time: three in a row would end the
         job while a site is being started again. It is asked as long as the patience lasts, more and more seldom.
         """
         turns.over()
-        silent, wanted = self._silent(asked, replies), at_least or self.job.spec.aggregation.minimum_sites
-        if self._needs(silent, company, wanted) and (pause := turns.pause_seconds()) > 0:
+        silent = self._silent(asked, replies)
+        if self._needs(silent, company, at_least) and (pause := turns.pause_seconds()) > 0:
             end = time.monotonic() + pause
-            while self._needs(silent, company, wanted) and (left := end - time.monotonic()) > 0:
+            while self._needs(silent, company, at_least) and (left := end - time.monotonic()) > 0:
                 self._watch(silent)
                 time.sleep(min(left, _LOOK_SECONDS))
                 self._strike_off()
@@ -292,10 +290,10 @@ class Exchange:
         """Those of ``asked`` of whom nothing was heard."""
         return [site for site in asked if site in self.active and site not in replies and site not in self.waiting]
 
-    def _needs(self, silent: Collection[SiteId], company: Collection[SiteId], wanted: int) -> bool:
-        """Whether ``company`` is ``wanted`` sites or more with ``silent``, and fewer without."""
+    def _needs(self, silent: Collection[SiteId], company: Collection[SiteId], at_least: int) -> bool:
+        """Whether ``company`` is ``at_least`` that many with ``silent``, and fewer without."""
         here = sum(site in self.active for site in company)
-        return bool(silent) and here - len(silent) < wanted <= here
+        return bool(silent) and here - len(silent) < at_least <= here
 
     def _strike_off(self) -> None:
         """Whoever was revoked meanwhile is out: a pause for it would be for nothing."""

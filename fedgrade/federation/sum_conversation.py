@@ -306,12 +306,14 @@ class SumConversation:
         phases = 4 if terms.task.tolerated_dropouts else 2
         patience = self._exchange.deadline_seconds / phases
         turns, asking = Turns(patience, each_seconds=patience / (1 + RESENDS)), True
-        at_least = len(bodies) - spare if company is None else None
         answers = _Answers()
         while asking:
             waiting = {
                 site: body for site, body in bodies.items() if site in self._exchange.active and site not in answers
             }
+            # Such as who was revoked meanwhile: nobody must pay for an attempt that is over.
+            gone = [site for site in bodies if site not in waiting and site not in answers]
+            answers.lost.update(dict.fromkeys(gone, "was put out"))
             if not waiting:
                 break
             if len(answers.behind) + len(answers.lost) > spare:
@@ -319,8 +321,10 @@ class SumConversation:
             replies = self._exchange.ask(waiting, tensors=tensors, deadline_seconds=turns.seconds, passing=_PASSING)
             for site, reply in replies.items():
                 _sort(site, reply, accept, answers)
-            still = [site for site in bodies if site not in answers.behind and site not in answers.lost]
-            asking = self._exchange.asks_again(turns, waiting, replies, company=company or still, at_least=at_least)
+            here, enough = [site for site in bodies if site not in answers], len(bodies) - spare - len(answers.good)
+            if company is not None:
+                here, enough = list(company), self._exchange.job.spec.aggregation.minimum_sites
+            asking = self._exchange.asks_again(turns, waiting, replies, company=here, at_least=enough)
         answers.lost.update({site: "did not answer" for site in bodies if site not in answers})
         return answers
 

@@ -183,6 +183,39 @@ def test_who_is_away_while_the_others_have_paid_for_a_sum_is_waited_for_and_nobo
     assert away <= clock.now < 2 * away
 
 
+@pytest.mark.parametrize("answered", [False, True], ids=["that is silent", "that has answered"])
+@pytest.mark.parametrize("revoked_first", [False, True])
+def test_a_revocation_in_mid_sum_neither_ends_the_job_nor_has_anybody_pay_for_an_attempt_that_is_over(
+    federation, monkeypatch, answered, revoked_first
+):
+    """One of three is revoked while another, which the job needs, is away for a while."""
+    revoked, began = set(), []
+    clock, job = Clock(monkeypatch), federation.job(DISTRIBUTED)
+    gone, other, third = NAMES
+
+    def strike(now):
+        if began and now >= began[0] + (0.0 if revoked_first else 5.0):
+            revoked.add(gone)
+
+    def away(stage, kind):
+        if (stage, kind) == (("train", 0), "contribute"):
+            began.append(clock.now)
+        silent = {other} if began and clock.now < began[0] + 20.0 else set()
+        return silent | ({gone} if began and not answered else set())
+
+    clock.at = strike
+    with federation.answers(policy=SUMMING) as answers:
+        cohort = Staged(federation, answers, away)
+        federation.run(job, cohort, deadline_seconds=600.0, revoked=lambda: revoked)
+    contributions = federation.release(job).release.contributions
+    assert (contributions[other], contributions[third]) == (4, 4)
+    assert len(federation.charges(other)) == 4
+    # The third had answered before anybody was revoked; only a total that counts the revoked one's answer spares it.
+    assert len(federation.charges(third)) == (4 if answered else 5)
+    assert len(federation.charges(gone)) == contributions[gone]
+    assert clock.now < 40.0
+
+
 def test_who_does_not_come_back_to_a_sum_costs_its_phase_of_the_deadline_and_the_others_one_more_charge(
     federation, monkeypatch
 ):

@@ -16,7 +16,7 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from clients.fleet import FleetAccess, FleetConnection
+from clients.fleet import FleetAccess, FleetConnection, LinkDown
 from clients.node_key import load_node_key
 from fedgrade.trust.request_signature import NO_SESSION, RequestClaim, sign
 
@@ -54,17 +54,27 @@ class Caught:
 
 
 class Asking(threading.Thread):
-    """An enrolled node that goes on asking; how often it was answered, and the first thing that went wrong."""
+    """An enrolled node that goes on asking; how often it was answered, and the first thing that went wrong.
+
+    A question that is not answered in time is asked again, as a node does: this machine may have stood still.
+    """
 
     def __init__(self, fleet):
         super().__init__(daemon=True)
-        self.fleet, self.answers, self.failure, self._stop_now = fleet, 0, None, threading.Event()
+        self.fleet, self.answers, self.late, self.failure = fleet, 0, 0, None
+        self._stop_now = threading.Event()
 
     def run(self):
         while not self._stop_now.wait(0.02):
             try:
                 # A question for messages is held for up to a second; a heartbeat is answered at once.
                 self.fleet.receive() if self.answers % 10 == 0 else self.fleet.heartbeat()
+            except LinkDown as error:
+                self.late += 1
+                if self.late > ANSWERS // 10:
+                    self.failure = error
+                    return
+                continue
             except Exception as error:  # noqa: BLE001 - the test says which
                 self.failure = error
                 return

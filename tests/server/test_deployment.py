@@ -19,7 +19,9 @@ import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.app import Message
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -29,14 +31,18 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from clients.fleet import FleetAccess, FleetConnection
+from clients.fleet import LinkDown
 from clients.node import LinkPhase, NodeLink, serve
-from clients.node_key import create_node_key, load_node_key
+from clients.node_key import create_node_key
+from clients.outgoing import answer_to
+from clients.wire import wrap
+from fedgrade.federation.pieces import MESSAGE_TYPE, PIECE_BYTES
 from server.certificates import certify
 from server.control import Control, ControlRefused
 from server.deployment import Deployment, DeploymentFailed
 from server.grid_cohort import GridCohort
-from server.keeper import others_alive
+from server.posting import post_of
+from tests.server.flood import connection
 
 pytestmark = pytest.mark.flower
 
@@ -205,31 +211,62 @@ def test_a_site_that_fails_is_absent_at_once_and_tells_no_secrets(deployment, gr
 
 
 def test_a_reply_that_is_announced_and_never_sent_holds_up_no_one(deployment, grid, enrolled, nodes):
-    liar = FleetConnection(
-        FleetAccess(
-            address=deployment.address,
-            root_certificate=deployment.authority.read_bytes(),
-            key=load_node_key(enrolled["beta"]),
-            max_message_bytes=1000,
-            heartbeat_seconds=10.0,
-        )
-    )
+    liar = connection(deployment, enrolled["beta"])
     liar.activate()
 
     def lie():
         while (parcel := liar.receive()) is None:
             time.sleep(0.05)
         liar._client.PushObject = lambda _request: type("Stored", (), {"stored": True})()
-        liar.reply(parcel, b"never sent")
+        liar.send(answer_to(parcel.message, b"never sent"))
 
-    lying = threading.Thread(target=lie, daemon=True)
-    lying.start()
+    (lying := threading.Thread(target=lie, daemon=True)).start()
     honest = {site: enrolled[site] for site in ("alpha", "gamma")}
     with online(deployment, honest):
         replies = GridCohort(grid, nodes).ask(dict.fromkeys(nodes, b"?"), deadline_seconds=5.0)
     lying.join(PATIENCE)
     liar.close()
     assert replies == {"alpha": b"?alpha", "gamma": b"?gamma"}
+
+
+def test_a_reply_whose_sending_is_cut_off_half_way_is_completed(deployment, grid, enrolled, nodes):
+    fleet, envelope, tried = connection(deployment, enrolled["beta"]), os.urandom(2 * PIECE_BYTES + 1), []
+    fleet.activate()
+    push = fleet._client.PushObject
+
+    def cut(request):
+        tried.append(request.object_id)
+        if tried.index(request.object_id) == 1:
+            raise httpx.ConnectError("cut")
+        return push(request)
+
+    def stumble():
+        while (parcel := fleet.receive()) is None:
+            pass
+        outgoing = answer_to(parcel.message, envelope)
+        fleet._client.PushObject = cut
+        with pytest.raises(LinkDown):
+            fleet.send(outgoing)
+        time.sleep(1.0)  # the run looks meanwhile, and waits for the rest
+        fleet._client.PushObject = push
+        fleet.send(outgoing)
+
+    (stumbling := threading.Thread(target=stumble, daemon=True)).start()
+    replies = GridCohort(grid, {"beta": nodes["beta"]}).ask({"beta": b"?"}, deadline_seconds=PATIENCE)
+    stumbling.join(PATIENCE)
+    fleet.close()
+    assert replies == {"beta": envelope}
+    assert len(tried) > 1
+
+
+def test_this_superlink_asks_for_records_alone(deployment, grid, enrolled, nodes, monkeypatch):
+    client, announced, announce = grid._runtime_client, [], grid._runtime_client.PushMessages
+    monkeypatch.setattr(client, "PushMessages", lambda request: announced.append(announce(request)) or announced[-1])
+    message = Message(wrap(os.urandom(16)), nodes["alpha"], MESSAGE_TYPE, ttl=60.0)
+    with online(deployment, enrolled):
+        (taken,) = post_of(grid).send([message])
+    (record,) = message.content.values()
+    assert set(announced[0].objects_to_push) == {taken, record.object_id}
 
 
 def test_an_oversized_request_is_refused_and_the_node_lives_on(deployment, grid, enrolled, nodes):
@@ -338,8 +375,7 @@ def test_a_coordinators_bundle_was_neither_fetched_nor_run(deployment, grid, mar
 
 
 def test_a_node_stops_promptly_while_its_superlink_is_away(deployment, enrolled):
-    link = {"authority": deployment.authority}
-    away = type("Away", (), {"address": "127.0.0.1:9", **link})()
+    away = type("Away", (), {"address": "127.0.0.1:9", "authority": deployment.authority})()
     node = Node(away, enrolled["alpha"], bytes)
     node.wait_for(LinkPhase.UNREACHABLE)
     node.end()
@@ -362,12 +398,3 @@ def test_a_superlink_that_was_killed_is_started_again_and_its_nodes_come_back(tm
             deployment.enrol("alpha", public)
             node.wait_for(LinkPhase.ONLINE, after=seen)
             deployment.must_be_alive()
-
-
-def test_a_run_that_cannot_start_ends_with_its_reason(tmp_path):
-    with Deployment(tmp_path) as deployment:
-        run_id = deployment.submit()
-        with pytest.raises(DeploymentFailed, match="enrol the sites first"):
-            deployment.follow(run_id)
-        keeper = deployment._keeper.pid
-    assert not others_alive(keeper)

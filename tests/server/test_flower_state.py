@@ -1,5 +1,7 @@
 """Of a message the SuperLink asks for its records alone, loses none of them for that, and says whether it took it."""
 
+import threading
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -14,14 +16,17 @@ from flwr.supercore.constant import (
 )
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
+from flwr.supercore.object_store import in_memory_object_store
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 
 from clients.wire import wrap
 from fedgrade.federation.pieces import MESSAGE_TYPE, PIECE_BYTES
+from server import flower_state
 from server.flower_state import LeafState, LeafStore
 
+PATIENCE = 30.0
 OURS, STOCK = (LeafState, LeafStore), (InMemoryLinkState, InMemoryObjectStore)
 
 
@@ -140,6 +145,87 @@ def test_a_message_without_records_is_sent_itself(house):
     assert push.wanted == [{error.object_id}]
     assert house.send(push.session, [error]) == [True]
     assert house.state.get_object(house.run, error.object_id) == error.deflate()
+
+
+def test_a_push_in_which_nothing_is_to_be_sent_is_forgotten_in_time(house, monkeypatch):
+    content = wrap(b"the same for both")
+    first, other = (house.request(node, content) for node in house.nodes)
+    house.send(house.announce(first).session, records(first))
+    house.announce(other)
+    open_one = house.announce(house.request(house.nodes[0], wrap(b"on its way"))).session
+    assert len(house.state._object_push_sessions) == 2
+    later = in_memory_corestate.now() + timedelta(seconds=OBJECT_PUSH_SESSION_TTL_SECONDS + 1)
+    monkeypatch.setattr(flower_state, "now", lambda: later)
+    new = house.state.start_session(house.run)
+    assert set(house.state._object_push_sessions) == {open_one, new}
+
+
+def test_what_a_request_carried_is_forgotten_with_it_and_not_what_others_carry_too(house):
+    """Such as one to a node that is offline, for which Flower makes an answer of its own."""
+    content = wrap(b"the same for both")
+    first, other = (house.request(node, content) for node in house.nodes)
+    house.send(house.announce(first, other).session, records(first))
+    house.state.nodes[house.nodes[0]].online_until = 0.0
+    (answer,) = house.state.get_message_res({first.object_id}, house.run)
+    assert answer.has_error()
+    house.state.delete_messages({first.object_id})
+    assert first.object_id not in house.store
+    (record,) = records(first)
+    assert house.state.get_object(house.run, record.object_id) == record.deflate()
+    house.state.delete_messages({other.object_id})
+    assert record.object_id not in house.store
+
+
+def test_a_push_that_is_out_of_time_and_one_that_begins_do_not_wait_for_each_other(house, monkeypatch):
+    """The one takes Flower's lock of pushes first and that of messages second; so must the other."""
+    old, new = (house.request(node, wrap(b"%d" % node)) for node in house.nodes)
+    house.announce(old)
+    later = in_memory_corestate.now() + timedelta(seconds=OBJECT_PUSH_SESSION_TTL_SECONDS + 1)
+    monkeypatch.setattr(in_memory_corestate, "now", lambda: later)
+    (record,) = records(old)
+    delete, begun, announced = house.store.delete, threading.Event(), []
+    session = house.state.start_session(house.run)
+
+    def announce():
+        begun.set()
+        announced.append(house.state.store_message_and_object_tree(new, get_object_tree(new), session))
+
+    beside = threading.Thread(target=announce, daemon=True)
+
+    def delete_while_another_begins(name):
+        # The lock of pushes is held here, and that of messages is taken next.
+        if not begun.is_set():
+            beside.start()
+            begun.wait()
+            time.sleep(0.2)
+        delete(name)
+
+    monkeypatch.setattr(house.store, "delete", delete_while_another_begins)
+    ending = threading.Thread(target=lambda: house.state.get_object(house.run, record.object_id), daemon=True)
+    ending.start()
+    for thread in (ending, beside):
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert announced[0][0]
+
+
+def test_what_two_messages_share_is_not_forgotten_with_one_while_the_other_is_announced(house, monkeypatch):
+    first, again = (house.request(house.nodes[0], wrap(b"the same question")) for _ in range(2))
+    house.send(house.announce(first).session, records(first))
+    valid, forgetting = in_memory_object_store.is_valid_sha256_hash, []
+
+    def forget_before_the_dictionary(name):
+        if name == again.content.object_id:
+            forgetting.append(threading.Thread(target=lambda: house.store.delete(first.object_id), daemon=True))
+            forgetting[0].start()
+            forgetting[0].join(0.2)
+        return valid(name)
+
+    monkeypatch.setattr(in_memory_object_store, "is_valid_sha256_hash", forget_before_the_dictionary)
+    assert house.announce(again).taken == [True]
+    forgetting[0].join(PATIENCE)
+    (record,) = records(again)
+    assert house.state.get_object(house.run, record.object_id) == record.deflate()
 
 
 def test_what_was_received_is_forgotten_with_all_that_it_held(house):

@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients import fleet
+from clients import outgoing
 from clients.wire import wrap
 from fedgrade.federation.pieces import MESSAGE_TYPE, PIECE_BYTES
 from server import posting
@@ -61,7 +61,7 @@ def test_a_nodes_reply_is_spelt_as_flower_spells_it():
     for reply in (answer, error):
         everything, records = by_flower(reply)
         with no_object_id_recompute():
-            assert fleet._records(reply) == (everything if reply is error else records)
+            assert outgoing._records(reply) == (everything if reply is error else records)
             assert names(reply) == everything.keys()
 
 

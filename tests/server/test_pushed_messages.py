@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients.fleet import FleetAccess, FleetConnection, LinkRefused, Parcel
 from clients.node_key import create_node_key, load_node_key
+from clients.outgoing import answer_to, refusal_of
 from clients.wire import wrap
 from fedgrade.federation.messages import MAX_MESSAGE_BYTES
 from fedgrade.federation.pieces import MESSAGE_TYPE, PIECE_BYTES, most_pieces
@@ -52,11 +53,11 @@ class Outgoing:
         return PushMessagesResponse(objects_to_push=[one.object_id for one in iterate_object_tree(tree)])
 
     def reply(self, envelope=b"an answer"):
-        self.fleet.reply(self.parcel, envelope)
+        self.fleet.send(answer_to(self.parcel.message, envelope))
         return self.sent[-1]
 
     def error(self):
-        self.fleet.refuse(self.parcel, "no " * 1000)
+        self.fleet.send(refusal_of(self.parcel.message, "no " * 1000))
         return self.sent[-1]
 
 
@@ -94,7 +95,7 @@ def test_the_order_in_which_a_store_gives_the_records_back_does_not_matter(outgo
 def test_a_reply_that_the_superlink_does_not_want_was_not_delivered(outgoing, monkeypatch):
     """So it says of a second reply to one request, for instance after the first one was cut off half-way."""
     monkeypatch.setattr(outgoing.fleet._client, "PushMessages", lambda _request: PushMessagesResponse())
-    with pytest.raises(LinkRefused, match="it has a reply to this request"):
+    with pytest.raises(LinkRefused, match="it does not want this reply; the request was answered, or is over"):
         outgoing.reply()
 
 

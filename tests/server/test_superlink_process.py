@@ -1,4 +1,4 @@
-"""The SuperLink's process, started as it is in earnest: what it logs, and how it ends when it cannot listen."""
+"""The SuperLink's process, started as it is in earnest: what it logs, and how it ends where it cannot go on."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ import pytest
 
 from fedgrade.logs import FORMAT
 from server.deployment import Deployment, DeploymentFailed, Listen
+from server.keeper import others_alive
 
 pytestmark = pytest.mark.flower
 
@@ -78,3 +79,12 @@ def test_an_interface_that_is_none_of_this_machine_s_is_one_line(tmp_path):
         pass
     assert "correct `interface` in coordinator.yaml" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_cannot_start_ends_with_its_reason(tmp_path):
+    with Deployment(tmp_path) as deployment:
+        run_id = deployment.submit()
+        with pytest.raises(DeploymentFailed, match="enrol the sites first"):
+            deployment.follow(run_id)
+        keeper = deployment._keeper.pid
+    assert not others_alive(keeper)
