@@ -64,7 +64,8 @@ SITE_STEPS = {
     "charged": Step(_CHARGING, "Charging.reserve", after=True),
     "committed to its ledger": Step(_CHARGING, "Charging.commit", after=True),
     "reply kept, not sent": Step("fedgrade.federation.outbox", "Outbox.keep", after=True),
-    "reply sent": Step("clients.fleet", "FleetConnection.reply", after=True),
+    "reply announced": Step("clients.fleet", "FleetConnection._announce", after=True),
+    "reply sent": Step("clients.fleet", "FleetConnection.send", after=True),
 }
 SUM_SITE_STEPS = {
     "committed to a set": Step(_SUMS, "SumDesk.commit", after=True),
