@@ -8,7 +8,8 @@ from fedgrade.errors import RoundFailed
 from fedgrade.federation.in_process import InProcessCohort
 from fedgrade.federation.messages import Request, read_message
 from tests.federation.meddling import LIAR, Meddled, refused, spent_once_admitted
-from tests.federation.small_federation import DISTRIBUTED, NAMES, POLICY, SPEC, with_privacy
+from tests.federation.small_federation import DISTRIBUTED, NAMES, POLICY, SPEC, SmallFederation, with_privacy
+from tests.federation.sum_partners import FIVE, SUMS, summing
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -181,6 +182,29 @@ def test_who_is_away_while_the_others_have_paid_for_a_sum_is_waited_for_and_nobo
     assert stages == set(federation.release(job).release.contributions.values())
     assert len(stages) == 1
     assert away <= clock.now < 2 * away
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_sum_that_does_without_one_waits_for_nobody_where_one_is_away_and_where_two_are_for_both(
+    tmp_path, monkeypatch, missing
+):
+    federation = SmallFederation.create(tmp_path / "five", names=FIVE)
+    clock, gone = Clock(monkeypatch), []
+
+    def away(stage, kind):
+        if (stage, kind) == (("train", 0), "contribute"):
+            gone.append(clock.now)
+        return set(FIVE[:missing]) if gone and clock.now < gone[0] + 20.0 else ()
+
+    job = federation.job(summing(minimum_sites=3, tolerate_dropouts=1))
+    with federation.answers(policy=SUMS) as answers:
+        federation.run(job, Staged(federation, answers, away), deadline_seconds=600.0)
+    contributions = federation.release(job).release.contributions
+    assert contributions[FIVE[4]] == 3
+    # Whoever came back pays once, as everybody; whoever was done without is not asked in the stage that follows.
+    assert contributions[FIVE[0]] == (3 if missing == 2 else 1)
+    assert all(len(federation.charges(name)) == contributions[name] for name in FIVE)
+    assert (clock.now >= 20.0) == (missing == 2)
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["that is silent", "that has answered"])
