@@ -17,7 +17,7 @@ from tests.server.flood import ANSWERS, Caught, connection, flood, lorises, with
 
 pytestmark = pytest.mark.flower
 
-LORISES, REQUESTS = 200, 5_000  # tests/soak/test_long_flood.py has more
+LORISES, REQUESTS = 200, 2_500  # tests/soak/test_long_flood.py has more
 MAX_GROWTH = 64 * 2**20
 
 
