@@ -30,14 +30,19 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Step:
-    """Where in the product's code a step is: before or after the call of ``name`` in ``module``."""
+    """Where in the product's code a step is: before or after the call of ``name`` in ``module``.
+
+    ``held``: a site that dies after the call does nothing from before the call on. Without that it is a matter of luck
+    how far it came with what the call sent to it.
+    """
 
     module: str
     name: str
     after: bool
+    held: bool = False
 
-    def wire(self, called: Callable[[], None]) -> None:
-        """Have ``called`` called whenever a process gets here."""
+    def wire(self, hold: Callable[[], None], called: Callable[[], None]) -> None:
+        """Have ``called`` called whenever a process gets here, and ``hold`` before if this step is ``held``."""
         *owners, name = self.name.split(".")
         owner = import_module(self.module)
         for one in owners:
@@ -45,6 +50,8 @@ class Step:
         real = getattr(owner, name)
 
         def wired(*arguments: object, **named: object) -> object:
+            if self.held:
+                hold()
             if not self.after:
                 called()
             result = real(*arguments, **named)
@@ -74,7 +81,7 @@ SUM_SITE_STEPS = {
     "revealed": Step(_SUMS, "SumDesk.reveal", after=True),
 }
 RUN_STEPS = {
-    "request on its way": Step("server.grid_cohort", "GridCohort._push", after=True),
+    "request on its way": Step("server.grid_cohort", "GridCohort._push", after=True, held=True),
     "replies in hand": Step(_ROUNDS, "_advance", after=False),
     "checkpoint": Step("fedgrade.federation.store", "RunStore.save", after=True),
     "ledger": Step(_ROUNDS, "RoundLog.close_round", after=True),
@@ -139,20 +146,32 @@ class Wires:
     def stretch(self, steps: dict[str, Step]) -> None:
         """A wire at each of ``steps``."""
         for name, step in steps.items():
-            step.wire(lambda name=name: self.pull(name))
+            step.wire(lambda name=name: self.hold(name), lambda name=name: self.pull(name))
+
+    def hold(self, step: str) -> None:
+        """Stop the site that the wire at ``step`` names, if one is set for where the job is now; others go on."""
+        if (victim := self._victim(step)) in self._sites and victim != self._process:
+            self._signal(victim, signal.SIGSTOP)
 
     def pull(self, step: str) -> None:
         """Kill whom the wire at ``step`` names, if one is set for where the job is now."""
+        if (victim := self._victim(step)) is None:
+            return
         wire = _wire(self._folder, self._process, step)
-        try:
-            said = json.loads(wire.read_bytes())
-        except FileNotFoundError:
-            return
-        if said["place"] != list(self.place):
-            return
         wire.rename(wire.with_suffix(".sprung"))
-        if said["victim"] == self._process:
+        if victim == self._process:
             os.kill(os.getpid(), signal.SIGKILL)
+        self._signal(victim, signal.SIGKILL)
+
+    def _victim(self, step: str) -> str | None:
+        """Who dies here and now."""
+        try:
+            said = json.loads(_wire(self._folder, self._process, step).read_bytes())
+        except FileNotFoundError:
+            return None
+        return said["victim"] if said["place"] == list(self.place) else None
+
+    def _signal(self, victim: str, sign: signal.Signals) -> None:
         for process in processes(self._folder, self._sites):
-            if process.kind == said["victim"]:
-                os.kill(process.number, signal.SIGKILL)
+            if process.kind == victim:
+                os.kill(process.number, sign)
