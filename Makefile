@@ -9,8 +9,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-PYTEST := $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
-COVERING := $(addprefix tests/,trust privacy federation flow aggregation clients report)
+# As many processes as processors: threads of theirs would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+COVERING := $(addprefix tests/,trust privacy federation flow aggregation clients)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check browser postgres bench soak clean
