@@ -187,6 +187,7 @@ def test_shares_of_noise_cost_less_in_the_eyes_of_whoever_sees_the_total_alone()
     assert observers.coordinator == observers.model_holder < observers.other_partner < observers.full_collusion
 
 
+@pytest.mark.no_cover
 def test_an_account_of_integer_noise_alone_has_no_epsilon_for_a_poisson_job():
     job = plan_job(replace(SPEC, privacy=SGD), declared_items=ITEMS, nonce="0")
     (first, *_) = forecast(job, standings={NAMES[0]: Standing(policy=POLICY)}).sites

@@ -169,6 +169,7 @@ def test_impossible_costs_are_refused():
 # --- golden numbers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover
 def test_golden_epsilons(frozen):
     names = ("sampling_rate", "noise_multiplier", "steps")
     rows = [

@@ -78,6 +78,7 @@ def test_a_conversion_that_is_off_by_a_fraction_is_refused(monkeypatch, rho, fac
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.mode)
 @pytest.mark.parametrize("answer", [0.0, float("inf"), float("nan")])
 @pytest.mark.usefixtures("forget")
+@pytest.mark.no_cover
 def test_no_job_escapes_the_second_accountant(monkeypatch, spec, answer):
     calibrate(spec, participants=3)  # Poisson steps, which have a gate of their own, are remembered from here
     confirmed_epsilon.cache_clear()

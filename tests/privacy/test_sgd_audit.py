@@ -14,6 +14,7 @@ from fedgrade.federation.releases import SiteRows, compute_release
 from fedgrade.job import plan_job
 from tests.privacy.sgd_canaries import AXES, SITE, judged, sgd_claim, sgd_job, sgd_scores
 
+pytestmark = pytest.mark.no_cover
 CANARIES = 800
 
 

@@ -30,6 +30,7 @@ from fedgrade.trust.records import DiscreteGaussian
 from tests.federation.small_federation import NAMES, SmallFederation, ask, calibrate_once, quick_noise, told
 from tests.privacy.mutants import checks
 
+pytestmark = pytest.mark.no_cover
 PARTNERS = 3
 CHECKS = [
     checks.noise_is_as_large_as_charged,
