@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 
 # As many processes as processors: threads of theirs would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
-COVERING := $(addprefix tests/,trust privacy federation aggregation clients)
+COVERING := $(addprefix tests/,trust privacy federation flow aggregation clients)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check browser postgres bench soak clean
