@@ -21,6 +21,7 @@ from clients.gate import Answer, untold
 from clients.link import LinkSource, NodeLink, Standing
 from clients.outgoing import Outgoing, answer_to, refusal_of
 from fedgrade.errors import DocumentRefused, FedgradeError, MessageRefused
+from fedgrade.memory import keep_large_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def serve(
     Raises:
         DocumentRefused: key or certificate cannot be read; nothing is retried, since nobody would come to mend it.
     """
+    keep_large_buffers()
     standing = Standing(source)
     access = standing.access()
     # httpx writes a line for each request at INFO: twenty a second while a run is on.

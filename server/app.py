@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedgrade.errors import FedgradeError, JobRefused
 from fedgrade.logs import configure_logs
+from fedgrade.memory import keep_large_buffers
 from server.grid_cohort import GridCohort
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     # A process of its own, whose standard error Flower forwards to the coordinator's log.
     configure_logs(logging.INFO, lines="%(levelname)s %(name)s: %(message)s")
+    keep_large_buffers()
     # Imported here: the loop brings in numerical libraries that a look at this module should not cost.
     from server.coordinate import coordinate  # noqa: PLC0415
     from server.enrolment import enrolled_nodes  # noqa: PLC0415

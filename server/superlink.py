@@ -37,6 +37,7 @@ from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from starlette.middleware import Middleware
 
 from fedgrade.logs import configure_logs
+from fedgrade.memory import keep_large_buffers
 from server.certificates import ServerCertificates
 from server.connections import Watch
 from server.enrolled_keys import EnrolledKeys
@@ -207,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
     given = parser.parse_args(arguments)
     os.environ.update(QUIET)
+    keep_large_buffers()
     # Flower says at INFO who came and what was begun; of all others, warnings are enough.
     configure_logs(logging.INFO)
     logging.getLogger().setLevel(logging.WARNING)

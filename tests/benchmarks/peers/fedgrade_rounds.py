@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedgrade.memory import keep_large_buffers
 from server.grid_cohort import GridCohort
 from server.nodes_file import read_nodes
 
@@ -17,6 +18,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """So many rounds of so many parameters, four bytes each, with every node in the run's folder."""
+    keep_large_buffers()  # as server.app does
     stamps = Path(str(context.run_config["stamps"]))
     cohort = GridCohort(grid, read_nodes(stamps.parent))
     finished = []
