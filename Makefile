@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-# As many processes as processors: threads of theirs would only wait for each other.
+# Up to four processes share the processors: threads of theirs would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 COVERING := $(addprefix tests/,trust privacy federation flow aggregation clients)
 
@@ -26,8 +26,8 @@ demo: $(DEMO)  ## Five recyclers train one model on real photos, privately; ARGS
 	$(BIN)/fedgrade demo $(ARGS)
 
 # A file's tests share what their module sets up, so a file stays with one process; more than four only wait for memory.
-# Coverage counts, and slows down by half, only the tests of the rooms that must be covered; tests that calculate for long
-# and reach nothing that others do not are marked no_cover.
+# Coverage counts, and makes slower, only the tests that reach the rooms that must be covered; those that calculate for
+# long, in lines that others reach too, are marked no_cover.
 test: check browser postgres  ## Everything that must hold: make check, then all tests but the slow ones
 	$(PYTEST) $(COVERING) --cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
 		--cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)

@@ -74,7 +74,7 @@ def serve(
     on_state: OnState = log_state,
     on_delivered: Callable[[bytes], None] = untold,
 ) -> None:
-    """Answer the SuperLink's messages until ``stop`` is set.
+    """Answer the SuperLink's messages until ``stop`` is set; this process keeps large buffers from then on.
 
     Args:
         source: where and as whom; where it changes, or a file that it names, the node signs on anew.

@@ -12,14 +12,16 @@ _KEPT_BYTES: Final = 64 * 2**20
 
 
 def keep_large_buffers() -> bool:
-    """Have this process keep up to 64 MiB that it freed, and take buffers below 32 MiB from there; whether it does.
+    """Have this process use buffers below 32 MiB again after it freed them; whether the C library does.
 
-    A round of a model of some megabytes frees and takes as much dozens of times. glibc by itself gives it back to the
-    kernel each time, which then has to clear every page once more. Where the C library has no such switch, as on macOS
-    or with musl, nothing changes.
+    A round of a model of some megabytes frees and takes as much dozens of times. glibc by itself keeps at the end of
+    each of its arenas about twice the largest buffer it has seen, and gives the rest back to the kernel, which then
+    has to clear every page once more. From here on that is 64 MiB an arena, and glibc adapts it no longer. Where the C
+    library has no such switch, as on macOS or with musl, nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT_BYTES))
+    taken = [mallopt(_MMAP_THRESHOLD, _MAPPED_FROM_BYTES), mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)]
+    return all(taken)

@@ -7,14 +7,16 @@ A wire is a file below the federation's folder, named for the process and the st
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 # Where in a job a process is, purpose and round, before anything is asked of it.
 BEGINNING: tuple[str, int] = ("admission", 0)
+_STOPPED_WITHIN_SECONDS = 10.0
 # In the environment of every process of one federation: its folder.
 MARK = "FEDGRADE_FAULTS"
 RUN = "run"  # the ServerApp's process; sites go by their names
@@ -32,8 +34,8 @@ _WORDS = {
 class Step:
     """Where in the product's code a step is: before or after the call of ``name`` in ``module``.
 
-    ``held``: a site that dies after the call does nothing from before the call on. Without that it is a matter of luck
-    how far it came with what the call sent to it.
+    ``held``: a site that dies after the call does nothing from before the call on (SIGSTOP). Without that it is a
+    matter of luck how far it came with what the call sent to it.
     """
 
     module: str
@@ -41,8 +43,8 @@ class Step:
     after: bool
     held: bool = False
 
-    def wire(self, hold: Callable[[], None], called: Callable[[], None]) -> None:
-        """Have ``called`` called whenever a process gets here, and ``hold`` before if this step is ``held``."""
+    def wire(self, hold: Callable[[], AbstractContextManager[None]], called: Callable[[], None]) -> None:
+        """Have ``called`` called whenever a process gets here, and the call made in ``hold`` if it is ``held``."""
         *owners, name = self.name.split(".")
         owner = import_module(self.module)
         for one in owners:
@@ -50,13 +52,12 @@ class Step:
         real = getattr(owner, name)
 
         def wired(*arguments: object, **named: object) -> object:
-            if self.held:
-                hold()
-            if not self.after:
-                called()
-            result = real(*arguments, **named)
-            if self.after:
-                called()
+            with hold() if self.held else nullcontext():
+                if not self.after:
+                    called()
+                result = real(*arguments, **named)
+                if self.after:
+                    called()
             return result
 
         setattr(owner, name, wired)
@@ -112,8 +113,7 @@ def processes(folder: Path, sites: tuple[str, ...]) -> Iterator[Process]:
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         with suppress(OSError):
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            if state == "Z" or mark not in (entry / "environ").read_bytes().split(b"\0"):
+            if _state(int(entry.name)) == "Z" or mark not in (entry / "environ").read_bytes().split(b"\0"):
                 continue
             name, words = (entry / "comm").read_text().strip(), (entry / "cmdline").read_bytes().decode().split("\0")
             kinds = (
@@ -148,10 +148,22 @@ class Wires:
         for name, step in steps.items():
             step.wire(lambda name=name: self.hold(name), lambda name=name: self.pull(name))
 
-    def hold(self, step: str) -> None:
-        """Stop the site that the wire at ``step`` names, if one is set for where the job is now; others go on."""
-        if (victim := self._victim(step)) in self._sites and victim != self._process:
-            self._signal(victim, signal.SIGSTOP)
+    @contextmanager
+    def hold(self, step: str) -> Iterator[None]:
+        """While this is open, the site that the wire at ``step`` names does nothing, if one is set for now."""
+        if (victim := self._victim(step)) not in self._sites:
+            yield
+            return
+        deadline = time.monotonic() + _STOPPED_WITHIN_SECONDS
+        while not (held := self._signal(victim, signal.SIGSTOP)) or not all(_state(number) == "T" for number in held):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{victim} is not there, or cannot be stopped")
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            # If it was not killed, because the step failed.
+            self._signal(victim, signal.SIGCONT)
 
     def pull(self, step: str) -> None:
         """Kill whom the wire at ``step`` names, if one is set for where the job is now."""
@@ -171,7 +183,20 @@ class Wires:
             return None
         return said["victim"] if said["place"] == list(self.place) else None
 
-    def _signal(self, victim: str, sign: signal.Signals) -> None:
-        for process in processes(self._folder, self._sites):
-            if process.kind == victim:
-                os.kill(process.number, sign)
+    def _signal(self, victim: str, sign: signal.Signals) -> list[int]:
+        """Send ``sign`` to every process of ``victim``; which those are."""
+        found = [process.number for process in processes(self._folder, self._sites) if process.kind == victim]
+        for number in found:
+            # Whoever was killed a moment ago may be gone by now.
+            with suppress(ProcessLookupError):
+                os.kill(number, sign)
+        return found
+
+
+def _state(number: int) -> str:
+    """The state of a process as in proc(5): Z for one that is dead and T for one that is stopped.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
