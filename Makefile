@@ -9,8 +9,11 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-# Up to four processes share the processors: threads of theirs would only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+# Tests often wait for processes that they started, so there is one process of theirs more than processors. Threads of
+# theirs would only wait for each other.
+PROCESSES := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" \
+	--numprocesses $(PROCESSES) --maxprocesses 4 --dist loadfile
 COVERING := $(addprefix tests/,trust privacy federation flow aggregation clients)
 
 .DEFAULT_GOAL := help

@@ -54,7 +54,10 @@ def approve(site_file: Path, job: str, *, yes: bool) -> None:
 @click.argument("site_file", type=SITE_FILE)
 @click.argument("job")
 def decline(site_file: Path, job: str) -> None:
-    """Keep this site out of JOB. A job that this site takes part in already ends with lower ceilings, or a pause."""
+    """Keep this site out of JOB, from the next thing that is asked on also where it takes part already.
+
+    That needs `approval: true` in the policy; without it, a job under way ends with lower ceilings, or a pause.
+    """
     approvals, asked = _asked(read_site(site_file))
     _decide(approvals, _chosen(asked, job), "declined")
 

@@ -89,7 +89,7 @@ def status(site_file: Path, *, watch: bool) -> None:
 @site.command(epilog="Example: fedgrade site pause site.yaml")
 @click.argument("site_file", type=SITE_FILE)
 def pause(site_file: Path) -> None:
-    """Answer nothing until resumed; the coordinator sees silence."""
+    """Answer nothing until resumed; the coordinator gets an error at once, and may ask again later."""
     _ask(site_file, AgentClient.pause)
 
 

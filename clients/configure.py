@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from clients.settings import SiteFolder, read_own_file
 from fedgrade.data.assets import FeatureStore
 from fedgrade.data.manifest import MAX_MANIFEST_BYTES, Photo, Split
 from fedgrade.data.photos import PhotoLimits, open_photo, verify_photos
-from fedgrade.errors import DocumentRefused
+from fedgrade.errors import CacheUnavailable, DocumentRefused
 from fedgrade.federation.approvals import Approvals
 from fedgrade.federation.charging import Charging
 from fedgrade.federation.holdings import CohortData, SiteData
@@ -122,7 +123,7 @@ class LocalPhotos:
     def _store(self, model: ModelSpec, view: View) -> FeatureStore:
         settings = self.site.settings
         folder = self.site.path(settings.cache)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make(folder, mode=0o700)
         frozen = _extractor(model.frozen, self.site.path(settings.backbones), self.compute)
         return FeatureStore(
             root=self.site.path(settings.photos),
@@ -144,14 +145,28 @@ class LocalPhotos:
 @cache
 def _extractor(model: ModelSpec, folder: Path, compute: Compute) -> OnnxExtractor | TorchExtractor:
     """One extractor a model and process; sites that share ``folder`` wait for the first to export into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "export.lock").open("wb") as lock:
+    _make(folder)
+    with _opened_for_lock(folder / "export.lock") as lock:
         # torch's exporter is neither quick nor safe in two threads at once.
         fcntl.flock(lock, fcntl.LOCK_EX)
         # The cache keeps features of a GPU, in mixed precision, apart from those of a CPU: by the extractor's digest.
         found = extractor(model, cache=folder, device=compute.device, threads=compute.threads, on_gpu="float16")
     logger.info("features by %s: %s; cached under %s", model.backbone, found.described, found.digest[:16])
     return found
+
+
+def _make(folder: Path, *, mode: int = 0o777) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    except OSError as error:
+        raise CacheUnavailable(f"{folder}: cannot be made ({error.strerror}); free space or choose another") from error
+
+
+def _opened_for_lock(path: Path) -> IO[bytes]:
+    try:
+        return path.open("wb")
+    except OSError as error:
+        raise CacheUnavailable(f"{path}: cannot be opened ({error.strerror}); free space or choose another") from error
 
 
 def _log_progress(done: int, total: int) -> None:

@@ -25,6 +25,10 @@ class LedgerUnavailable(FedgradeError):
     """The ledger could not be written durably (full disk, second writer); nothing was charged."""
 
 
+class CacheUnavailable(FedgradeError):
+    """What a site keeps so as not to compute it again could not be kept (full disk); nothing was charged."""
+
+
 class StoreUnavailable(FedgradeError):
     """What a coordinator must keep could not be kept (full disk, a database that is away); what was kept stands."""
 

@@ -1,6 +1,5 @@
 """How a coordinator's commands find the SuperLink that serves their folder. Light: no Flower unless there is one."""
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from fedgrade.errors import DocumentRefused, FedgradeError, JobRefused
 from fedgrade.federation.store import write_durably
 from fedgrade.trust.canonical import decode, encode
+from fedgrade.trust.file_lock import is_held, lock_alone
 from fedgrade.trust.identity import SiteId
 from server.nodes_file import NAME, read_nodes
 from server.private_files import read_private
@@ -63,18 +63,6 @@ def is_served(root: Path) -> bool:
     return is_held(_lock_file(root))
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process holds the lock on ``path``."""
-    try:
-        with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 def wait_for_nodes(root: Path, done: Callable[[Mapping[SiteId, int]], bool]) -> bool:
     """Whether the nodes of the SuperLink that serves ``root`` came to be ``done`` within some seconds."""
     deadline = time.monotonic() + _WAIT_SECONDS
@@ -113,10 +101,8 @@ def only_server(root: Path) -> Iterator[None]:
     path = _lock_file(root)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     with path.open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JobRefused(f"{root}: another process serves it already") from error
+        if not lock_alone(lock):
+            raise JobRefused(f"{root}: another process serves it already")
         # Of a process that was killed.
         _listening_file(root).unlink(missing_ok=True)
         yield

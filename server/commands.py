@@ -40,12 +40,14 @@ SERVED: Final = "served"
 # A local federation's recyclers allow this much over all jobs there will ever be; each may edit its own policy.yaml.
 LIFETIME_EPSILON = 8.0
 _DEADLINE = click.option(
-    "--deadline", type=click.FloatRange(min=1.0), default=Patience.deadline_seconds, show_default=True,
-    help="Seconds that a stage waits for sites; whoever is silent then is left alone for some stages.",
+    "--deadline", type=click.FloatRange(min=1.0),
+    help="Seconds that a stage waits for sites; whoever is silent then is left alone for some stages. "
+    f"{Patience.deadline_seconds:g} for a new job; one that goes on keeps its own unless you give it.",
 )  # fmt: skip
 _WAIT = click.option(
-    "--wait", type=click.FloatRange(min=0.0), default=Patience.admission_seconds, show_default=True,
-    help="Seconds to wait for sites whose operators are still to approve the job, or that are outside of their hours.",
+    "--wait", type=click.FloatRange(min=0.0),
+    help="Seconds to wait for sites whose operators are still to approve the job, or that are outside of their hours. "
+    f"{Patience.admission_seconds:g} for a new job; one that goes on keeps its own unless you give it.",
 )  # fmt: skip
 
 
@@ -96,8 +98,8 @@ def run(
     overrides: tuple[str, ...],
     *,
     resume: bool,
-    deadline: float,
-    wait: float,
+    deadline: float | None,
+    wait: float | None,
     groups: bool,
 ) -> None:
     """Run one job over a federation whose ledgers remember every job before it.
@@ -109,9 +111,9 @@ def run(
     if groups:
         click.echo(describe())
         return
-    patience = Patience(deadline_seconds=deadline, admission_seconds=wait)
+    patience = Patience().but(deadline_seconds=deadline, admission_seconds=wait)
     if resume:
-        _go_on(folder, engine, patience)
+        _go_on(folder, engine, deadline=deadline, wait=wait)
     elif engine == SERVED:
         # Imported here: Flower takes a second.
         from server.served_run import run_served  # noqa: PLC0415
@@ -138,28 +140,29 @@ def run(
 )  # fmt: skip
 @_DEADLINE
 @_WAIT
-def resume(folder: Path, engine: Literal["served"] | Engine | None, deadline: float, wait: float) -> None:
+def resume(folder: Path, engine: Literal["served"] | Engine | None, deadline: float | None, wait: float | None) -> None:
     """Go on with the job that was interrupted or stopped in FOLDER, or follow the one that is on.
 
     It goes on from the last checkpoint: no site is asked, or charged, again for what it answered. The same as `fedgrade
     run --resume`.
     """
     chosen = engine or (SERVED if CoordinatorFolder(root=folder).book.exists() or is_served(folder) else "deployed")
-    _go_on(folder, chosen, Patience(deadline_seconds=deadline, admission_seconds=wait))
+    _go_on(folder, chosen, deadline=deadline, wait=wait)
 
 
-def _go_on(folder: Path, engine: Engine | Literal["served"], patience: Patience) -> None:
-    """Take up the job that lies in ``folder``."""
+def _go_on(folder: Path, engine: Engine | Literal["served"], *, deadline: float | None, wait: float | None) -> None:
+    """Take up the job that lies in ``folder``, with the patience it had but for what is given."""
     if engine == SERVED:
         # Imported here: Flower takes a second.
         from server.served_run import resume_served  # noqa: PLC0415
 
-        resume_served(Console(soft_wrap=True), folder, patience=patience)
+        resume_served(Console(soft_wrap=True), folder, deadline=deadline, wait=wait)
         return
     federation = _on_this_machine(folder)
     # Read first: a folder in which nothing was begun is left as it is.
     federation.coordinator.read_job()
     with run_lock(folder):
+        patience = federation.coordinator.read_patience().but(deadline_seconds=deadline, admission_seconds=wait)
         _run_here(federation, federation.coordinator.read_job(), engine, patience)
 
 

@@ -72,6 +72,10 @@ class ControlRefused(FedgradeError):
     """The SuperLink's admin listener cannot be reached, or said no."""
 
 
+class NoAnswer(ControlRefused):
+    """The SuperLink's admin listener cannot be reached, or does not answer in time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ListedNode:
     """A node as the SuperLink has it: its id there, its public key in OpenSSH form, whether its heartbeat is fresh."""
@@ -226,7 +230,7 @@ class Control:
             text = reason.message if reason else f"HTTP {error.response.status_code} for {error.request.url.path}"
             raise ControlRefused(f"SuperLink {self._address}: {text}") from error
         except httpx.TransportError as error:
-            raise ControlRefused(f"SuperLink {self._address}: {error or type(error).__name__}") from error
+            raise NoAnswer(f"SuperLink {self._address}: {error or type(error).__name__}") from error
 
 
 def _node_key(text: str, *, what: str) -> ec.EllipticCurvePublicKey:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedgrade.cli.out_of_band import require_fingerprint
-from fedgrade.errors import DocumentRefused
+from fedgrade.errors import DocumentRefused, FedgradeError
 from fedgrade.trust.enrolment import MAX_PAPER_BYTES, JoinRequest
 from fedgrade.trust.identity import SigningKey, SiteId, site_id
 from server.authority_command import rotate_authority
@@ -136,7 +136,14 @@ def roster(folder: Path) -> None:
     from server.enrolment import read_book  # noqa: PLC0415
 
     own = CoordinatorFolder(root=folder)
-    book, online = read_book(own), _online(folder)
+    book = read_book(own)
+    online: set[SiteId] | None = None
+    unknown = ""
+    try:
+        online = _online(folder)
+    except FedgradeError as error:
+        # Who is enrolled stands in the folder; a SuperLink that is being started again hides nobody.
+        unknown = str(error)
     click.echo(f"coordinator {_own(own)}")
     members = book.membership
     table = Table("site", "fingerprint", "items", "since", "node", box=None)
@@ -148,7 +155,7 @@ def roster(folder: Path) -> None:
         table.add_row(site, gone.key.fingerprint, "", "", f"revoked {book.last(site).time[:16]}: {gone.reason}")
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
     if online is None:
-        click.echo("No SuperLink serves this folder, so nobody is online.")
+        click.echo(f"Who is online is not known: {unknown}")
 
 
 @click.command(epilog="Example: fedgrade stop federation")
@@ -186,14 +193,16 @@ def _taken_note_of(folder: Path, site: SiteId, *, enrolled: bool) -> str:
     return "; the SuperLink lets it in" if enrolled else "; the SuperLink refuses it from now on"
 
 
-def _online(folder: Path) -> set[SiteId] | None:
-    """Sites whose node is online; None where no SuperLink runs."""
-    from server.attached import NotServing, attached  # noqa: PLC0415
+def _online(folder: Path) -> set[SiteId]:
+    """Sites whose node is online.
+
+    Raises:
+        NotServing: no SuperLink runs.
+        ControlRefused: it does not answer now.
+    """
+    from server.attached import attached  # noqa: PLC0415
     from server.nodes_file import read_nodes  # noqa: PLC0415
 
-    try:
-        with attached(folder) as control:
-            online = control.online()
-    except NotServing:
-        return None
+    with attached(folder) as control:
+        online = control.online()
     return {site for site, node in read_nodes(folder).items() if node in online}

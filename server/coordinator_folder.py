@@ -39,6 +39,13 @@ class Patience:
                 "admission at least 0"
             )
 
+    def but(self, *, deadline_seconds: float | None, admission_seconds: float | None) -> "Patience":
+        """The same but for what is given."""
+        return Patience(
+            deadline_seconds=self.deadline_seconds if deadline_seconds is None else deadline_seconds,
+            admission_seconds=self.admission_seconds if admission_seconds is None else admission_seconds,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorFolder:

@@ -108,6 +108,8 @@ def followed(federation: LocalFederation, watcher: Watcher) -> Iterator[None]:
 def _follow(federation: LocalFederation, watcher: Watcher, stop: threading.Event) -> None:
     logs = [federation.root / "logs" / f"site-{site}.log" for site in federation.sites()]
     began = False
+    # None yet in a folder that was put together again from a database and copies of keys.
+    federation.coordinator.progress.touch()
     with federation.coordinator.progress.open("rb") as file:
         while True:
             last = stop.is_set()

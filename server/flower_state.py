@@ -6,6 +6,10 @@ asked for and does not come leaves the whole push open, so not to send it is no 
 for it is one. flwr's classes used here are private API: tests/server/test_flwr_contract.py holds them.
 """
 
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
 from flwr.app import Message
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
@@ -29,7 +33,7 @@ class LeafStore(InMemoryObjectStore):  # type: ignore[misc]
 
 
 class LeafState(InMemoryLinkState):  # type: ignore[misc]
-    """Nodes, runs and messages; whoever announces a message learns whether it was taken."""
+    """Nodes, runs and messages; who announces a message learns whether it was taken, and a reply that came counts."""
 
     def start_session(self, run_id: int) -> str:
         """Begin a push, and forget those that are out of time and in which nothing was to be sent.
@@ -55,6 +59,33 @@ class LeafState(InMemoryLinkState):  # type: ignore[misc]
         with self._lock_object_push_sessions:
             taken, missing = super().store_message_and_object_tree(message, object_tree, session_id)
         return taken, list(dict.fromkeys([*missing, object_tree.object_id])) if taken else []
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """Replies to these requests, also of nodes that answered and went offline before anybody looked.
+
+        Flower has an error in place of such a reply: a site that ends in mid-answer, as it is told to, would have paid
+        for nothing.
+        """
+        with self.lock:
+            answered = message_ids & self.message_ins_id_to_message_res_id.keys()
+            replies = super().get_message_res(message_ids - answered, run_id) if message_ids - answered else []
+            with self._held_for_online(answered):
+                return replies + (super().get_message_res(answered, run_id) if answered else [])
+
+    @contextmanager
+    def _held_for_online(self, answered: Collection[str]) -> Iterator[None]:
+        """Within the lock: whoever was asked these counts as online."""
+        asked = {
+            self.message_ins_store[name].metadata.dst_node_id for name in answered if name in self.message_ins_store
+        }
+        until = {node: self.nodes[node].online_until for node in asked if node in self.nodes}
+        for node in until:
+            self.nodes[node].online_until = math.inf
+        try:
+            yield
+        finally:
+            for node, before in until.items():
+                self.nodes[node].online_until = before
 
     def delete_messages(self, message_ins_ids: set[str]) -> None:
         """Forget these requests, with what they carried, and the replies to them.

@@ -10,8 +10,8 @@ from typing import Final
 
 from fedgrade.errors import FedgradeError
 from fedgrade.job import TrainingJob
+from fedgrade.trust.file_lock import is_held
 from server.app import RUN_DIRECTORY
-from server.attached import is_held
 from server.beside import Beside
 from server.control import Control
 from server.coordinator_folder import CoordinatorFolder
@@ -82,7 +82,7 @@ class InterruptedRun:
         if record is None or record.outcome or self._control.unfinished():
             return
         if record.tries >= len(_PAUSES_SECONDS):
-            why = f"its process died {record.tries} times in stage {record.done + 1}; see logs/"
+            why = f"its process died {record.tries + 1} times in stage {record.done + 1}; see logs/"
             note_given_up(folder, record, why)
             logger.error("job %s: %s, then `fedgrade resume %s`", job.digest[:16], why, self._folder.root)
             return

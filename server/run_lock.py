@@ -1,12 +1,12 @@
 """One job at a time in a coordinator's folder."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedgrade.errors import JobRefused
+from fedgrade.trust.file_lock import lock_alone
 
 
 @contextmanager
@@ -18,14 +18,12 @@ def run_lock(root: Path) -> Iterator[None]:
     """
     path = root / "coordinator" / "run.lock"
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock_alone(file):
             file.seek(0)
             raise JobRefused(
                 f"{root}: process {file.read(20).strip() or 'of another user'} runs a job here; wait until it has "
                 "ended, or give --federation another folder"
-            ) from error
+            )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -8,8 +8,8 @@ from fedgrade.errors import FedgradeError
 from fedgrade.federation.release import open_release
 from fedgrade.federation.rounds import stages_of
 from fedgrade.job import TrainingJob
+from fedgrade.trust.file_lock import is_held
 from fedgrade.trust.identity import PublicKey
-from server.attached import is_held
 from server.coordinator_folder import CoordinatorFolder
 from server.run_record import RunRecord, read_record
 

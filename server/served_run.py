@@ -18,9 +18,10 @@ from fedgrade.errors import JobRefused
 from fedgrade.federation.release import open_release
 from fedgrade.federation.rounds import stages_of
 from fedgrade.job import TrainingJob, plan_job
+from fedgrade.trust.file_lock import is_held
 from fedgrade.trust.identity import SiteId
 from server.app import RUN_DIRECTORY
-from server.attached import attached, is_held, is_served, wait_for_end
+from server.attached import attached, is_served, wait_for_end
 from server.configure import compose_job
 from server.control import Control, ControlRefused
 from server.coordinator_folder import CoordinatorFolder, Patience
@@ -64,8 +65,10 @@ def run_served(console: Console, root: Path, *, overrides: tuple[str, ...], pati
     _tell(console, folder, job)
 
 
-def resume_served(console: Console, root: Path, *, patience: Patience) -> None:
+def resume_served(console: Console, root: Path, *, deadline: float | None = None, wait: float | None = None) -> None:
     """Take up the job that lies in ``root``, or the run of it that is on, and follow it to its end.
+
+    A ``deadline`` or ``wait`` in seconds is for the next process that runs it; without them it keeps what it had.
 
     Raises:
         NotServing: no SuperLink serves ``root``.
@@ -75,8 +78,8 @@ def resume_served(console: Console, root: Path, *, patience: Patience) -> None:
     folder = CoordinatorFolder(root=root)
     with attached(root) as control, run_lock(root):
         going, job = control.unfinished(), folder.read_job()
-        # A run that is on has its own already.
-        folder.put_patience(patience)
+        if deadline is not None or wait is not None:
+            folder.put_patience(folder.read_patience().but(deadline_seconds=deadline, admission_seconds=wait))
         if going and not is_held(folder.ledger):
             # Of a SuperLink that was killed: it still counts the run, whose process is gone.
             control.stop(going[0])

@@ -18,7 +18,7 @@ from fedgrade.errors import FedgradeError
 from server.attached import Listening, admin_authority, announced, only_server
 from server.beside import Beside
 from server.certificates import certify
-from server.control import Control
+from server.control import Control, NoAnswer
 from server.coordinator_file import NAME, read_settings
 from server.coordinator_folder import CoordinatorFolder
 from server.deployment import Deployment, DeploymentFailed, Listen
@@ -38,6 +38,10 @@ _MOST_PAUSE_SECONDS: Final = 60.0
 # After what could not be done, such as on a full disk.
 _RETRY_SECONDS: Final = 1.0
 _RENEW_RETRY_SECONDS: Final = 60.0
+# How often a SuperLink is asked whether it is well. A question waits half a minute for its answer; after so many
+# without one, neither a run nor a node gets any further.
+_ASK_SECONDS: Final = 10.0
+_MOST_SILENCES: Final = 2
 
 
 def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Path], None]) -> None:
@@ -75,7 +79,7 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
         certificates = _Certificates(folder)
         with announced(root, Listening(address=deployment.address, admin=deployment.admin)):
             on_up(deployment.address, deployment.authority)
-            processes = _Processes(deployment)
+            processes, watchdog = _Processes(deployment), _Watchdog(deployment)
             while not stop.wait(_LOOK_SECONDS):
                 must_be_ours()
                 if not processes.alive():
@@ -83,6 +87,8 @@ def serve_folder(root: Path, *, stop: threading.Event, on_up: Callable[[str, Pat
                 if processes.restarted():
                     nodes.forget()
                     interrupted.restarted()
+                    watchdog.forget()
+                watchdog.follow()
                 nodes.follow()
                 certificates.follow()
                 interrupted.follow()
@@ -136,6 +142,48 @@ class _Processes:
     def _wait_longer(self) -> None:
         self._pause = min(max(1.0, 2.0 * self._pause), _MOST_PAUSE_SECONDS)
         self._not_before = time.monotonic() + self._pause
+
+
+class _Watchdog:
+    """Ends a SuperLink that lives and answers nobody: a run would wait for it as long as Flower's client does.
+
+    That is for ever.
+    """
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        # An answer may take half a minute, in which revocations are to be taken note of.
+        self._beside = Beside("watchdog")
+        self._silences = 0
+        self._next = time.monotonic() + _ASK_SECONDS
+
+    def forget(self) -> None:
+        """The SuperLink is another one."""
+        self._silences = 0
+
+    def follow(self) -> None:
+        """Ask when it is time to; one that was silent too often is killed, for whoever serves to start another."""
+        if self._beside.busy or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _ASK_SECONDS
+        if self._silences < _MOST_SILENCES:
+            self._beside.begin(self._ask)
+            return
+        logger.error("the SuperLink was asked %d times and does not answer: it is killed", self._silences)
+        self._deployment.process("superlink").kill()
+        self.forget()
+
+    def _ask(self) -> None:
+        try:
+            self._deployment.control.online()
+        except NoAnswer as error:
+            self._silences += 1
+            logger.warning("no sign of life (%d of %d): %s", self._silences, _MOST_SILENCES, error)
+        except FedgradeError:
+            # To say no is an answer.
+            self._silences = 0
+        else:
+            self._silences = 0
 
 
 class _Certificates:

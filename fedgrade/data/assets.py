@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from fedgrade.data.manifest import Photo
 from fedgrade.data.photos import ByteArray, PhotoLimits, open_photo
-from fedgrade.errors import DataRefused
+from fedgrade.errors import CacheUnavailable, DataRefused
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ class FeatureStore:
             progress: told (done, all) after each batch, and once if there was nothing to do.
 
         Raises:
-            DataRefused: a photo cannot be read, its features are not finite, or the cache cannot be written.
+            DataRefused: a photo cannot be read, or its features are not finite.
+            CacheUnavailable: the cache cannot be written.
         """
         rows = self._kept()
         missing = [photo for photo in photos if bytes.fromhex(photo.digest) not in rows]
@@ -146,7 +147,9 @@ class FeatureStore:
         try:
             _write_privately(self._path, raw)
         except OSError as error:
-            raise DataRefused(f"feature cache {self.cache}: {error.strerror}; free space or choose another") from error
+            raise CacheUnavailable(
+                f"feature cache {self.cache}: {error.strerror}; free space or choose another"
+            ) from error
 
     def _statement(self, keys: npt.NDArray[Any], features: npt.NDArray[Any]) -> dict[str, str]:
         content = hashlib.sha256(keys.tobytes())

@@ -17,8 +17,10 @@ from fedgrade.errors import (
     AlreadyCharged,
     AttemptOver,
     BudgetExceeded,
+    CacheUnavailable,
     DataRefused,
     FedgradeError,
+    JobRefused,
     LedgerBroken,
     LedgerUnavailable,
     MessageRefused,
@@ -156,6 +158,8 @@ class Site:
                 request = read_message(raw, as_=Request, signed_by=self._identity.roster.coordinator)
                 policy = self._current_policy()
                 kept = self._outbox.find(request_digest)
+                if kept is not None:
+                    self._require_sendable(request.document, policy)
                 return kept if kept is not None else self._fulfil(request, request_digest, policy)
             except Exception as error:  # noqa: BLE001 - a door: whatever happens, the coordinator learns only a code
                 return self._refuse(error, request_digest)
@@ -172,8 +176,10 @@ class Site:
             case ContributeRequest():
                 return self._contribute(request, document.body, request_digest, policy)
             case VoteRequest():
+                self._require_still_in(document.job, policy)
                 return self._reply(Voted(vote=self._sums.vote(document.body.survivors)), request_digest)
             case RevealRequest():
+                self._require_still_in(document.job, policy)
                 return self._reply(Revealed(shares=self._sums.reveal(document.body.votes)), request_digest)
             case _:
                 assert_never(document.body)
@@ -200,7 +206,7 @@ class Site:
         members = self._accounts.require_apart(opened.holdings)
         accounts = self._accounts.affordable(opened, policy)
         self._rules.require_approved(policy, opened.job, body.job_envelope)
-        self._data.photos.prepare(opened.job.spec.model, opened.holdings.photos)
+        self._prepare(opened)
         self._accounts.put_under_account(opened.holdings, members)
         self._charging.accept(opened.job, envelope=body.job_envelope, accounts=accounts)
         self._charging.witness(body.ledger)
@@ -213,6 +219,13 @@ class Site:
             evaluates="evaluate" in policy.releases,
         )
         return self._reply(admitted, request_digest)
+
+    def _prepare(self, opened: OpenJob) -> None:
+        try:
+            self._data.photos.prepare(opened.job.spec.model, opened.holdings.photos)
+        except JobRefused as error:
+            # It is about this machine's devices, which are nobody else's business.
+            raise DataRefused(str(error)) from error
 
     def _require_watched(self, body: AdmitRequest) -> int:
         """Return if neither ledger was rolled back since the other side saw it; how many entries of this one it saw."""
@@ -239,13 +252,27 @@ class Site:
         rounds = opened.job.plan.rounds if purpose == "train" else 1
         self._note(job=opened.job.spec.name, stage=f"{purpose}, round {round_index + 1} of {rounds}")
         require_release(policy, purpose)
-        # A person may take an approval back, or ask for one from now on, in the middle of a job too.
-        self._rules.require_approved(policy, opened.job, self._charging.accepted(opened.job.digest).job_envelope)
+        self._require_approved(opened, policy)
         if not 0 <= round_index < rounds or attempt < 0:
             raise MessageRefused(f"{purpose} round {round_index}: the plan has no such round")
         ask = Ask(job=opened.job.digest, purpose=purpose, round_index=round_index, attempt=attempt)
         self._charging.require_fresh(ask, maximum_attempts=policy.maximum_attempts)
         return opened, ask
+
+    def _require_approved(self, opened: OpenJob, policy: Policy) -> None:
+        """A person may take an approval back, or ask for one from now on, in the middle of a job too."""
+        self._rules.require_approved(policy, opened.job, self._charging.accepted(opened.job.digest).job_envelope)
+
+    def _require_sendable(self, document: Request, policy: Policy) -> None:
+        """Return if an answer that was kept, and may never have arrived, may leave by the rules as they are now."""
+        self._require_approved(self._opened(document.job, policy), policy)
+        if isinstance(document.body, ContributeRequest):
+            require_release(policy, document.body.purpose)
+
+    def _require_still_in(self, job: str, policy: Policy) -> None:
+        """Return unless a person took this site out of a sum that it is in; masks are not kept across a restart."""
+        if job in self._jobs:
+            self._require_approved(self._jobs[job], policy)
 
     def _contribute(
         self, request: Opened[Request], body: ContributeRequest, request_digest: str, policy: Policy
@@ -361,6 +388,8 @@ _CODES: tuple[tuple[type[Exception], RefusalCode], ...] = (
     (MessageRefused, "stale"),
     (DataRefused, "data"),
     (LedgerUnavailable, "ledger"),
+    # As a ledger on a full disk: nobody's decision about the job, and there may be room again later.
+    (CacheUnavailable, "ledger"),
     (LedgerBroken, "ledger"),
     (ModelRefused, "model"),
 )

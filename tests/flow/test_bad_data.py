@@ -1,5 +1,6 @@
 """Bad photos and manifests, read as a partner's own door reads them: refused at admission, details kept at home."""
 
+import errno
 import hashlib
 import struct
 import zlib
@@ -9,8 +10,9 @@ import pytest
 
 from clients.configure import LocalPhotos
 from clients.settings import CohortSettings, LinkSettings, SiteFolder, SiteSettings
+from fedgrade.data import assets
 from fedgrade.data.manifest import Split, read_manifest, write_manifest
-from fedgrade.errors import DataRefused
+from fedgrade.errors import DataRefused, JobRefused
 from fedgrade.federation.messages import Admitted, Refusal
 from tests.federation.small_federation import MODEL, NAMES, SCALE, ask
 from tests.federation.small_photos import photo_bytes
@@ -156,6 +158,39 @@ def test_a_photo_that_does_not_decode_is_refused_before_anything_is_written(
 ):
     harm(federation)
     refused_at_admission(federation, caplog, detail, local_photos(federation, backbones))
+
+
+def test_a_feature_cache_without_room_is_no_reason_to_leave_the_job(federation, backbones, monkeypatch, caplog):
+    """Nobody decided anything, nothing was charged: the site is asked again, and its paths stay at home."""
+    job, written = federation.job(), assets._write_privately
+
+    def full(path, _content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(assets, "_write_privately", full)
+    with federation.site(photos=local_photos(federation, backbones)) as site:
+        body = federation.opened(site.answer(federation.admission(job))).document.body
+        assert body == Refusal(code="ledger", reason="this site's own operator can see why in its log")
+        assert "feature cache" in caplog.text
+        monkeypatch.setattr(assets, "_write_privately", written)
+        assert isinstance(federation.opened(site.answer(federation.admission(job))).document.body, Admitted)
+
+
+def test_a_backbone_cache_that_cannot_be_made_stays_at_home_too(federation, caplog):
+    job = federation.job()
+    (federation.folder(SITE) / "occupied").write_bytes(b"")
+    with federation.site(photos=local_photos(federation, federation.folder(SITE) / "occupied" / "backbones")) as site:
+        body = federation.opened(site.answer(federation.admission(job))).document.body
+    assert body == Refusal(code="ledger", reason="this site's own operator can see why in its log")
+    assert "occupied" in caplog.text
+
+
+def test_what_devices_a_machine_has_stays_at_home(federation, monkeypatch, caplog):
+    def gone(*_arguments, **_named):
+        raise JobRefused("device cuda:1: this machine has 1 GPU, an H200 of the south hall")
+
+    monkeypatch.setattr("clients.configure.extractor", gone)
+    refused_at_admission(federation, caplog, "south hall", local_photos(federation, "others"))
 
 
 def test_good_data_is_admitted_and_answered_by_the_same_reader(federation, backbones):

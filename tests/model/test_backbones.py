@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedgrade.errors import DataRefused, JobRefused, ModelRefused
+from fedgrade.errors import CacheUnavailable, DataRefused, JobRefused, ModelRefused
 from fedgrade.model.preprocessing import prepare
 from fedgrade.model.spec import LITE0_WEIGHTS_DIGEST, POOLINGS, ModelSpec
 from fedgrade.trust.canonical import encode
@@ -153,7 +153,7 @@ def test_a_cached_export_needs_no_torch(cache, onnx_extractor):  # noqa: ARG001 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "occupied").write_bytes(b"")
-    with pytest.raises(ModelRefused, match=r"backbone cache .*occupied"):
+    with pytest.raises(CacheUnavailable, match=r"backbone cache .*occupied"):
         backbones.exported_backbone(SPEC, tmp_path / "occupied")
 
 

@@ -22,8 +22,10 @@ from pathlib import Path
 import httpx
 import pytest
 from flwr.app import Message
+from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.run import Run
@@ -33,8 +35,9 @@ from flwr.superlink.grid import HttpGrid
 
 from clients.fleet import LinkDown
 from clients.node import LinkPhase, NodeLink, serve
-from clients.node_key import create_node_key
+from clients.node_key import create_node_key, load_node_key
 from clients.outgoing import answer_to
+from clients.request_signature import RequestSigner
 from clients.wire import wrap
 from fedgrade.federation.pieces import MESSAGE_TYPE, PIECE_BYTES
 from server.certificates import certify
@@ -198,6 +201,25 @@ def test_a_silent_site_does_not_keep_the_others_answers(deployment, grid, enroll
     assert replies == {"alpha": b"?alpha", "gamma": b"?gamma"}
 
 
+def test_a_node_that_is_told_to_end_in_mid_answer_sends_it_first(deployment, grid, enrolled, nodes):
+    """As on SIGTERM: what was charged for is not thrown away."""
+    asked = threading.Event()
+
+    def slow(_request):
+        asked.set()
+        assert node.stop.wait(PATIENCE)
+        return b"done"
+
+    with running(Node(deployment, enrolled["alpha"], slow)) as (node,):
+        node.wait_for(LinkPhase.ONLINE)
+        ending = threading.Thread(target=lambda: (asked.wait(PATIENCE), node.end()))
+        ending.start()
+        cohort = GridCohort(grid, {"alpha": nodes["alpha"]}, poll_seconds=1.0)  # looks when the node has gone
+        assert cohort.ask({"alpha": b"?"}, deadline_seconds=PATIENCE) == {"alpha": b"done"}
+        ending.join(PATIENCE)
+        assert node.phases[-1].phase is LinkPhase.STOPPED
+
+
 def test_a_site_that_fails_is_absent_at_once_and_tells_no_secrets(deployment, grid, enrolled, nodes, caplog):
     def fail(_request):
         raise ValueError("photo 17 of lot 4")
@@ -354,6 +376,21 @@ def test_the_admin_port_wants_the_token(deployment):
     wrong = Control(admin(deployment), authority=deployment.admin_authority, token=b"wrong")
     with wrong, pytest.raises(ControlRefused, match="401"):
         wrong.online()
+
+
+def test_a_partners_key_opens_nothing_on_the_admin_port(deployment, enrolled):
+    """It is enrolled, and signs there as it does where nodes are served."""
+    client = ControlHttpClient.from_server_address(
+        admin(deployment),
+        insecure=False,
+        root_certificates=deployment.admin_authority.read_bytes(),
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            RequestSigner(load_node_key(enrolled["alpha"])),
+        ],
+    )
+    with contextlib.closing(client), pytest.raises(httpx.HTTPStatusError, match="401"):
+        client.ListNodes(ListNodesRequest())
 
 
 def test_monitoring_is_on_the_admin_port_alone_and_wants_the_token(deployment):

@@ -1,5 +1,6 @@
 """A coordinator's book: who comes and goes, and what follows from it, through crashes and hostile requests."""
 
+import socket
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -16,6 +17,8 @@ from fedgrade.trust.identity import SigningKey, read_roster
 from fedgrade.trust.ledger import LedgerWriter, read_ledger
 from fedgrade.trust.records import COORDINATOR, Enrolled, Genesis, Revoked
 from server import coordinator_commands
+from server.attached import Listening, admin_authority, announced, only_server
+from server.certificates import certify
 from server.coordinator_file import CoordinatorSettings, read_settings
 from server.coordinator_folder import CoordinatorFolder
 from server.enrolment import (
@@ -31,6 +34,7 @@ from server.enrolment import (
     revoke,
 )
 from server.nodes_file import write_nodes
+from server.private_files import ensure_token
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 SETTINGS = CoordinatorSettings(
@@ -198,6 +202,20 @@ def test_a_request_whose_fingerprint_nobody_vouches_for_changes_nothing(folder, 
     shown = CliRunner().invoke(coordinator_commands.roster, [str(folder.root)])
     assert "north" in shown.output
     assert "unknown" in shown.output
+    assert "no SuperLink serves it" in shown.output
+
+
+def test_the_roster_is_shown_while_the_superlink_is_being_started_again(folder):
+    """Who is enrolled stands in the folder; that nobody answers at the port hides nobody."""
+    with socket.socket() as taken, only_server(folder.root):
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        certify(admin_authority(folder.root).parent, [], now=NOW)
+        ensure_token(folder.root / "superlink" / "token")
+        with announced(folder.root, Listening(address="127.0.0.1:1", admin=f"127.0.0.1:{port}")):
+            shown = CliRunner().invoke(coordinator_commands.roster, [str(folder.root)])
+    assert shown.exit_code == 0, shown.output
+    assert "Who is online is not known: SuperLink 127.0.0.1" in shown.output
 
 
 @pytest.mark.parametrize("site", ["../coordinator", "a/b", "North", ""])

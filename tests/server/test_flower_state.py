@@ -137,6 +137,29 @@ def test_a_second_reply_is_not_taken_and_one_whose_records_are_all_there_is(hous
     assert again.wanted == [set()]
 
 
+@pytest.mark.parametrize("kinds", [OURS, STOCK], ids=["ours", "Flower's"])
+def test_a_reply_counts_also_where_its_node_went_offline_before_anybody_looked(monkeypatch, kinds):
+    house = House(monkeypatch, kinds)
+    answered, silent = (house.request(node, wrap(b"?")) for node in house.nodes)
+    began = house.announce(answered, silent)
+    house.send(began.session, [*answered.content.values(), *silent.content.values()])
+    reply = house.reply(answered, house.nodes[0], wrap(b"!"))
+    house.announce(reply)
+    for node in house.nodes:
+        house.state.deactivate_node(node)
+    monkeypatch.setattr(TaskIdentity, "_node_id", SUPERLINK_NODE_ID)
+    found = {
+        each.metadata.reply_to_message_id: each
+        for each in house.state.get_message_res({answered.object_id, silent.object_id}, house.run)
+    }
+    assert found[silent.object_id].has_error()
+    # The day that Flower does so itself, ours can go.
+    assert found[answered.object_id].has_error() == (kinds == STOCK)
+    # Once is enough, and nobody is online for having answered.
+    assert kinds == STOCK or house.state.get_message_res({answered.object_id}, house.run) == []
+    assert all(node.status == "offline" for node in house.state.get_node_info())
+
+
 def test_a_message_without_records_is_sent_itself(house):
     request = house.request(house.nodes[0], wrap(b"question"))
     house.announce(request)

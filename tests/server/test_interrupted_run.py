@@ -154,7 +154,7 @@ def test_a_run_that_dies_again_and_again_is_left_to_a_person_whoever_restarts_me
             look(run, 1)
     assert superlink.submitted == 3
     record = read_record(where)
-    assert (record.outcome, record.why) == ("failed", "its process died 3 times in stage 1; see logs/")
+    assert (record.outcome, record.why) == ("failed", "its process died 4 times in stage 1; see logs/")
     assert caplog.text.count(f"then `fedgrade resume {folder.root}`") == 1
     # A person has looked at it, and the run begins again.
     let_go_on(where, on=False)

@@ -1,11 +1,13 @@
 """How long a run waits is written down beside its job, for whichever process runs it."""
 
 import pytest
+from click.testing import CliRunner
 
 from fedgrade.errors import JobRefused, SignatureRefused
 from fedgrade.trust.canonical import encode
 from fedgrade.trust.envelope import seal
 from fedgrade.trust.identity import SigningKey
+from server import commands
 from server.coordinator_folder import CoordinatorFolder, Patience
 
 
@@ -20,6 +22,29 @@ def test_patience_is_kept_and_has_a_default(folder):
     assert folder.read_patience() == Patience()
     folder.put_patience(Patience(deadline_seconds=30.0, admission_seconds=3600.0))
     assert folder.read_patience() == Patience(deadline_seconds=30.0, admission_seconds=3600.0)
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ((), Patience(deadline_seconds=30.0, admission_seconds=3600.0)),
+        (("--deadline", "5"), Patience(deadline_seconds=5.0, admission_seconds=3600.0)),
+        (("--wait", "0"), Patience(deadline_seconds=30.0, admission_seconds=0.0)),
+    ],
+)
+def test_a_job_that_goes_on_keeps_the_patience_that_is_not_given_anew(folder, monkeypatch, typed, kept):
+    """Whoever only follows a run must not change how long it waits if it is taken up again later."""
+    folder.put_patience(Patience(deadline_seconds=30.0, admission_seconds=3600.0))
+    said = {}
+
+    def run_here(_federation, _job, _engine, patience):
+        said["here"] = patience
+
+    monkeypatch.setattr(commands, "_run_here", run_here)
+    monkeypatch.setattr(CoordinatorFolder, "read_job", lambda _self: None)
+    shown = CliRunner().invoke(commands.resume, [str(folder.root), *typed])
+    assert shown.exit_code == 0, shown.output
+    assert said["here"] == kept
 
 
 @pytest.mark.parametrize("values", [{"deadline_seconds": 0.0}, {"deadline_seconds": float("inf")},

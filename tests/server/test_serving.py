@@ -1,27 +1,35 @@
 """What serves stays: processes that end are started again, what fails meanwhile is tried again, who follows is told."""
 
 import contextlib
+import signal
 import socket
 import threading
 import time
 
 import pytest
 
+from fedgrade.federation.progress import Progress
 from fedgrade.trust.identity import SigningKey
 from server import served_run
 from server.attached import only_server
 from server.control import ControlRefused
 from server.coordinator_folder import CoordinatorFolder
 from server.deployment import Deployment, DeploymentFailed
+from server.engines import followed
 from server.enrolment import create_coordinator, enrol, revoke
+from server.local_federation import LocalFederation
 from server.nodes_file import NAME, read_nodes
+from server.progress_file import append
 from server.run_record import RunKeeper, note_given_up, order_stop, read_record
-from server.serving import _Certificates, _NodeList, _Processes
+from server.serving import _Certificates, _NodeList, _Processes, _Watchdog
 from tests.federation.small_federation import NAMES, SmallFederation
 from tests.server.test_interrupted_run import planned
 from tests.server.test_leaving import LATER, NOW, SETTINGS, wish
 
 PATIENCE = 60.0
+STAGE = Progress(
+    stage=2, stages=5, purpose="train", answered=1, participants=1, finished="2026-11-21T12:00:00Z", absent={}
+)
 A = NAMES[0]
 
 
@@ -85,6 +93,61 @@ def test_a_superlink_that_cannot_be_started_again_is_tried_again_until_it_can(tm
         assert processes.restarted()
         assert not processes.restarted()
         assert deployment.control.nodes() == ()
+
+
+@pytest.mark.flower
+def test_a_superlink_that_lives_and_answers_nobody_is_ended_and_another_started(tmp_path, monkeypatch, caplog):
+    """Flower's client would ask it for ever, and the run would wait with it."""
+    monkeypatch.setattr("server.serving._ASK_SECONDS", 0.2)
+    with Deployment(tmp_path) as deployment:
+        deployment.control._client._client.timeout = 0.5
+        processes, watchdog, superlink = _Processes(deployment), _Watchdog(deployment), deployment.process("superlink")
+
+        def followed():
+            watchdog.follow()
+            return superlink.poll() is not None
+
+        for _ in range(20):
+            assert not followed()
+            time.sleep(0.1)
+        # Once is no reason: it may have had much to do.
+        superlink.send_signal(signal.SIGSTOP)
+        eventually(lambda: followed() or "no sign of life (1 of 2)" in caplog.text)
+        superlink.send_signal(signal.SIGCONT)
+        watchdog._beside.wait()
+        eventually(lambda: followed() or watchdog._silences == 0)
+        assert superlink.poll() is None
+        superlink.send_signal(signal.SIGSTOP)
+        eventually(followed)
+        assert superlink.wait(PATIENCE) == -signal.SIGKILL
+        assert "was asked 2 times and does not answer" in caplog.text
+        eventually(processes.alive)
+        assert processes.restarted()
+        assert deployment.control.nodes() == ()
+
+
+class Heard:
+    """What somebody who follows a run is shown."""
+
+    def __init__(self):
+        self.features_seen, self.progress = [], []
+
+    def features(self, percent):
+        self.features_seen.append(percent)
+
+    def watch(self, progress):
+        self.progress.append(progress)
+
+
+def test_a_folder_that_was_put_together_again_is_followed_from_its_next_stage_on(folder):
+    """Progress is for eyes alone: neither a database nor anybody's copies keep it."""
+    heard = Heard()
+    folder.progress.unlink(missing_ok=True)
+    with followed(LocalFederation(root=folder.root), heard):
+        eventually(lambda: heard.features_seen)
+        append(folder.progress, STAGE)
+        eventually(lambda: heard.progress)
+    assert heard.progress == [STAGE]
 
 
 def test_a_disk_that_is_full_is_waited_for_by_who_serves(folder, caplog):

@@ -279,7 +279,7 @@ def test_papers_that_were_tampered_with_or_are_another_s_are_refused(federation)
 
 def test_the_coordinator_ends_cleanly_and_finds_its_partners_again(federation):
     assert federation.end("serve") == 0
-    assert "No SuperLink serves this folder" in typed("roster", federation.coordinator)
+    assert "no SuperLink serves it" in typed("roster", federation.coordinator)
     assert "start one with" in typed(*federation.run(), code=1)
     federation.serve()
     eventually(lambda: federation.online() == {STAYS}, what="nodes online again")

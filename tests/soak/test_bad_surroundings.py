@@ -1,18 +1,16 @@
 """Networks, disks and clocks that fail under a deployment: a clean refusal, nothing half-written, then on it goes."""
 
-import json
-import subprocess
-import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from fedgrade.errors import FedgradeError
-from tests.faults.bad_link import FAR_DEVICE, NEAR, NEAR_DEVICE
+from tests.faults.bad_link import NEAR
 from tests.faults.disks import small_disk
+from tests.faults.links import bad_link
 from tests.faults.policies import plain
 from tests.faults.served import Served, eventually
 from tests.federation.small_federation import NAMES, SmallFederation, calibrate_once, zeros
@@ -20,8 +18,7 @@ from tests.federation.small_federation import NAMES, SmallFederation, calibrate_
 pytestmark = [pytest.mark.slow, pytest.mark.flower]
 SPEC = plain(len(NAMES))
 CAROL = NAMES[2]
-GOOD = {"loss": 0.0, "delay": 0.0, "jitter": 0.0, "cut": False}
-BAD = {"loss": 0.1, "delay": 0.2, "jitter": 0.1, "cut": False}
+BAD = {"loss": 0.1, "delay": 0.2, "jitter": 0.1}
 CUT_SECONDS = 20.0
 OFF_CLOCK = Path(__file__).parents[1] / "faults" / "off_clock"
 
@@ -47,19 +44,6 @@ def require_undisturbed(served, job, said, undisturbed):
     assert (outcome.weights, outcome.twice, outcome.unpaid) == (undisturbed, {}, 0), said
 
 
-@contextmanager
-def bad_link(settings):
-    """The start of a command that runs something at the far end of a wire as bad as the file ``settings`` says."""
-    program = [sys.executable, str(Path(__file__).parents[1] / "faults" / "bad_link.py"), str(settings)]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as wire:
-        number = wire.stdout.readline().strip()
-        if not number:
-            pytest.skip(f"no network of one's own without root and TUN: {wire.stderr.read().decode()[-200:]}")
-        yield ("nsenter", f"--net=/proc/{int(number)}/ns/net")
-        wire.stdin.close()
-    assert wire.returncode == 0
-
-
 def stage_done(served):
     """Return when the job that is on has got through its first stage."""
     path = served.folder.progress
@@ -67,29 +51,23 @@ def stage_done(served):
 
 
 def test_a_network_that_loses_delays_and_is_cut_in_mid_round_costs_time_and_nothing_else(tmp_path, undisturbed):
-    settings = tmp_path / "wire.json"
-    settings.write_text(json.dumps(GOOD))
-
     def cut():
         stage_done(served)
-        settings.write_text(json.dumps({**BAD, "cut": True}))
+        link.be(**BAD, cut=True)
         time.sleep(CUT_SECONDS)
-        settings.write_text(json.dumps(BAD))
+        link.be(**BAD)
 
-    with bad_link(settings) as where, Served(tmp_path, host=NEAR, where=where) as served:
+    with bad_link(tmp_path) as link, Served(tmp_path, host=NEAR, where=link.where) as served:
         job = served.federation.job(SPEC)
-        settings.write_text(json.dumps(BAD))
+        link.be(**BAD)
         cutting = threading.Thread(target=cut)
         cutting.start()
         said = served.finish(job, deadline_seconds=180.0)
         cutting.join()
-        settings.write_text(json.dumps(GOOD))
+        link.be()
         assert said == ()
         require_undisturbed(served, job, said, undisturbed)
         served.require_at_rest()
-    links = subprocess.run(["ip", "-oneline", "link"], capture_output=True, text=True, check=True).stdout
-    assert NEAR_DEVICE not in links
-    assert FAR_DEVICE not in links
 
 
 @pytest.fixture(scope="module")
