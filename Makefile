@@ -9,11 +9,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-# Tests often wait for processes that they started, so there is one process of theirs more than processors. Threads of
-# theirs would only wait for each other.
-PROCESSES := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" \
-	--numprocesses $(PROCESSES) --maxprocesses 4 --dist loadfile
+# Up to four processes share the processors: threads of theirs would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --maxprocesses 4 --dist loadfile
+# For tests that often wait for processes that they started: one more than there are processors.
+ONE_MORE := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 COVERING := $(addprefix tests/,trust privacy federation flow aggregation clients)
 
 .DEFAULT_GOAL := help
@@ -32,9 +31,9 @@ demo: $(DEMO)  ## Five recyclers train one model on real photos, privately; ARGS
 # Coverage counts, and makes slower, only the tests that reach the rooms that must be covered; those that calculate for
 # long, in lines that others reach too, are marked no_cover.
 test: check browser postgres  ## Everything that must hold: make check, then all tests but the slow ones
-	$(PYTEST) $(COVERING) --cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
+	$(PYTEST) --numprocesses auto $(COVERING) --cov=fedgrade.trust --cov=fedgrade.privacy --cov=fedgrade.federation \
 		--cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
-	$(PYTEST) tests $(addprefix --ignore=,$(COVERING)) $(ARGS)
+	$(PYTEST) --numprocesses $(ONE_MORE) tests $(addprefix --ignore=,$(COVERING)) $(ARGS)
 
 check: $(DEV)  ## Style, types and the order of imports
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def demo(folder: Path, engine: Engine, overrides: tuple[str, ...]) -> None:
     terms = Terms.for_job(spec, epsilon_limit=_charged_at_most(spec))
     federation = create_local_federation(root, scale=spec.grading, data=spec.data, terms=terms, cache=folder / "cache")
     with run_lock(root):
-        job = _put_job(federation, spec)
+        job = _put_job(federation, spec, Patience())
         proof = _run(console, federation, job, engine=engine)
         # Only now: whoever follows the link finds a demo that was finished.
         _point(folder / "demo", root)
@@ -129,7 +129,7 @@ def run(
                 folder, scale=spec.grading, data=spec.data, terms=terms, cache=folder.parent / "cache"
             )
         with run_lock(folder):
-            _run_here(federation, _put_job(federation, spec), engine, patience)
+            _run_here(federation, _put_job(federation, spec, patience), engine)
 
 
 @click.command(epilog="Example: fedgrade resume federation")
@@ -162,8 +162,8 @@ def _go_on(folder: Path, engine: Engine | Literal["served"], *, deadline: float 
     # Read first: a folder in which nothing was begun is left as it is.
     federation.coordinator.read_job()
     with run_lock(folder):
-        patience = federation.coordinator.read_patience().but(deadline_seconds=deadline, admission_seconds=wait)
-        _run_here(federation, federation.coordinator.read_job(), engine, patience)
+        federation.coordinator.renew_patience(deadline_seconds=deadline, admission_seconds=wait)
+        _run_here(federation, federation.coordinator.read_job(), engine)
 
 
 def _on_this_machine(folder: Path) -> LocalFederation:
@@ -173,9 +173,8 @@ def _on_this_machine(folder: Path) -> LocalFederation:
     return federation
 
 
-def _run_here(federation: LocalFederation, job: TrainingJob, engine: Engine, patience: Patience) -> None:
+def _run_here(federation: LocalFederation, job: TrainingJob, engine: Engine) -> None:
     console = Console(soft_wrap=True)
-    federation.coordinator.put_patience(patience)
     # Nobody else runs a job here: the lock is held.
     let_go_on(federation.coordinator.job_folder(job), on=False)
     proof = _run(console, federation, job, engine=engine)
@@ -196,9 +195,9 @@ def _charged_at_most(spec: JobSpec) -> float:
     return max(training, privacy.evaluation_epsilon)
 
 
-def _put_job(federation: LocalFederation, spec: JobSpec) -> TrainingJob:
+def _put_job(federation: LocalFederation, spec: JobSpec, patience: Patience) -> TrainingJob:
     job = plan_job(spec, declared_items=federation.declared_items(), nonce=secrets.token_hex(16))
-    federation.coordinator.put_job(job)
+    federation.coordinator.put_job(job, patience)
     return job
 
 

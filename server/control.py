@@ -73,7 +73,7 @@ class ControlRefused(FedgradeError):
 
 
 class NoAnswer(ControlRefused):
-    """The SuperLink's admin listener cannot be reached, or does not answer in time."""
+    """The SuperLink's admin listener does not answer in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +230,8 @@ class Control:
             text = reason.message if reason else f"HTTP {error.response.status_code} for {error.request.url.path}"
             raise ControlRefused(f"SuperLink {self._address}: {text}") from error
         except httpx.TransportError as error:
-            raise NoAnswer(f"SuperLink {self._address}: {error or type(error).__name__}") from error
+            refused = NoAnswer if isinstance(error, httpx.TimeoutException) else ControlRefused
+            raise refused(f"SuperLink {self._address}: {error or type(error).__name__}") from error
 
 
 def _node_key(text: str, *, what: str) -> ec.EllipticCurvePublicKey:

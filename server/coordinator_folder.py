@@ -5,6 +5,7 @@ was enrolled, what it saw of others' ledgers, the sealed job that is on and the 
 checkpoint, receipts and release.
 """
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from fedgrade.job import TrainingJob
 from fedgrade.trust.envelope import open_sealed, seal
 from fedgrade.trust.identity import Roster, SigningKey, read_roster
 from server.coordinator_file import FILES, NAME, read_settings
+
+logger = logging.getLogger(__name__)
 
 BOOK: Final = "coordinator/enrolment.json"
 WITNESSED: Final = "coordinator/witnessed"
@@ -179,6 +182,17 @@ class CoordinatorFolder:
         """Let the next process that runs the job have this ``patience``."""
         with self.kept() as kept:
             kept.write({_PATIENCE: seal(patience, SigningKey.load(self.key))})
+
+    def renew_patience(self, *, deadline_seconds: float | None, admission_seconds: float | None) -> Patience:
+        """Sign anew the patience that the job has, but for what is given; the default for one that nobody signed."""
+        try:
+            known = self.read_patience()
+        except SignatureRefused as error:
+            known = Patience()
+            logger.warning("%s; %g and %g s are taken", error, known.deadline_seconds, known.admission_seconds)
+        patience = known.but(deadline_seconds=deadline_seconds, admission_seconds=admission_seconds)
+        self.put_patience(patience)
+        return patience
 
     def read_patience(self) -> Patience:
         """How long the run that is on waits.

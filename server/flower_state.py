@@ -64,13 +64,18 @@ class LeafState(InMemoryLinkState):  # type: ignore[misc]
         """Replies to these requests, also of nodes that answered and went offline before anybody looked.
 
         Flower has an error in place of such a reply: a site that ends in mid-answer, as it is told to, would have paid
-        for nothing.
+        for nothing. So it stays where the rest of a reply will not come, because its push was cut off.
         """
         with self.lock:
-            answered = message_ids & self.message_ins_id_to_message_res_id.keys()
+            answered = {name for name in message_ids if self._has_whole_reply(name)}
             replies = super().get_message_res(message_ids - answered, run_id) if message_ids - answered else []
             with self._held_for_online(answered):
                 return replies + (super().get_message_res(answered, run_id) if answered else [])
+
+    def _has_whole_reply(self, name: str) -> bool:
+        reply = self.message_ins_id_to_message_res_id.get(name)
+        push = self._object_push_sessions.get(self._object_push_session_by_root.get(reply or "", ""))
+        return reply is not None and (push is None or not push.pending_object_ids)
 
     @contextmanager
     def _held_for_online(self, answered: Collection[str]) -> Iterator[None]:

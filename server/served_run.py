@@ -78,8 +78,7 @@ def resume_served(console: Console, root: Path, *, deadline: float | None = None
     folder = CoordinatorFolder(root=root)
     with attached(root) as control, run_lock(root):
         going, job = control.unfinished(), folder.read_job()
-        if deadline is not None or wait is not None:
-            folder.put_patience(folder.read_patience().but(deadline_seconds=deadline, admission_seconds=wait))
+        folder.renew_patience(deadline_seconds=deadline, admission_seconds=wait)
         if going and not is_held(folder.ledger):
             # Of a SuperLink that was killed: it still counts the run, whose process is gone.
             control.stop(going[0])

@@ -155,11 +155,13 @@ class _Watchdog:
         # An answer may take half a minute, in which revocations are to be taken note of.
         self._beside = Beside("watchdog")
         self._silences = 0
+        self._superlinks = 0
         self._next = time.monotonic() + _ASK_SECONDS
 
     def forget(self) -> None:
-        """The SuperLink is another one."""
+        """The SuperLink is another one, and what the one before did not answer does not count."""
         self._silences = 0
+        self._superlinks += 1
 
     def follow(self) -> None:
         """Ask when it is time to; one that was silent too often is killed, for whoever serves to start another."""
@@ -174,16 +176,17 @@ class _Watchdog:
         self.forget()
 
     def _ask(self) -> None:
+        asked, silences = self._superlinks, 0
         try:
             self._deployment.control.online()
         except NoAnswer as error:
-            self._silences += 1
-            logger.warning("no sign of life (%d of %d): %s", self._silences, _MOST_SILENCES, error)
-        except FedgradeError:
-            # To say no is an answer.
-            self._silences = 0
-        else:
-            self._silences = 0
+            silences = self._silences + 1
+            logger.warning("no sign of life (%d of %d): %s", silences, _MOST_SILENCES, error)
+        except FedgradeError as error:
+            # To say no is an answer, and who has closed its port is about to end.
+            logger.debug("%s", error)
+        if asked == self._superlinks:
+            self._silences = silences
 
 
 class _Certificates:

@@ -264,15 +264,26 @@ class Site:
         self._rules.require_approved(policy, opened.job, self._charging.accepted(opened.job.digest).job_envelope)
 
     def _require_sendable(self, document: Request, policy: Policy) -> None:
-        """Return if an answer that was kept, and may never have arrived, may leave by the rules as they are now."""
-        self._require_approved(self._opened(document.job, policy), policy)
+        """Return if an answer that was kept, and may never have arrived, may leave by the partner's word as it is now.
+
+        It was paid for under the rules of then, so that what a job must be like to be charged for does not matter here.
+        """
         if isinstance(document.body, ContributeRequest):
             require_release(policy, document.body.purpose)
+        envelope = self._charging.accepted(document.job).job_envelope
+        known = self._jobs.get(document.job)
+        coordinator = self._identity.roster.coordinator
+        job = known.job if known else open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
+        self._rules.require_approved(policy, job, envelope)
 
-    def _require_still_in(self, job: str, policy: Policy) -> None:
-        """Return unless a person took this site out of a sum that it is in; masks are not kept across a restart."""
-        if job in self._jobs:
-            self._require_approved(self._jobs[job], policy)
+    def _require_still_in(self, named: str, policy: Policy) -> None:
+        """Return unless a person took this site out of the job whose sum it is in; ``named`` is by the coordinator."""
+        if (job := self._sums.job) is None:
+            # Nothing to help with, as the answer will say: masks are not kept across a restart.
+            return
+        if named != job.digest:
+            raise MessageRefused("the message names another job than that of the sum which this site is in")
+        self._rules.require_approved(policy, job, self._charging.accepted(job.digest).job_envelope)
 
     def _contribute(
         self, request: Opened[Request], body: ContributeRequest, request_digest: str, policy: Policy

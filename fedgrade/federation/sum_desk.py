@@ -12,9 +12,14 @@ from fedgrade.trust.identity import Roster, SigningKey, SiteId
 
 
 class SumDesk:
-    """One attempt after another; called by one thread at a time."""
+    """One attempt after another; called by one thread at a time.
+
+    Attributes:
+        job: whose sum this site committed to last; None if that was given up, or a restart forgot it.
+    """
 
     def __init__(self, *, site: SiteId, key: SigningKey, roster: Roster) -> None:
+        self.job: TrainingJob | None = None
         self._sums = SumSite(site=site, key=key, roster=roster)
 
     def take_roster(self, roster: Roster) -> None:
@@ -42,7 +47,9 @@ class SumDesk:
         # What the weights will be is checked when they come: then they must be these.
         promised = terms.task.weights_digest
         task = sum_task(job, ask, weights_digest=promised, participants=len(terms.participants))
-        return self._sums.commit(proposal, task=task, floor=sum_floor(job, policy)).decode()
+        commitment = self._sums.commit(proposal, task=task, floor=sum_floor(job, policy)).decode()
+        self.job = job
+        return commitment
 
     def confirm(
         self, job: TrainingJob, ask: Ask, commitments: SumCommitments | None, *, weights_digest: str
@@ -90,4 +97,5 @@ class SumDesk:
 
     def forget(self) -> None:
         """Give the attempt up; its secrets are overwritten."""
+        self.job = None
         self._sums.forget()

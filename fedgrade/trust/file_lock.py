@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Final
 
 # Whoever only looks holds the lock too, for less than a millisecond.
-_SECONDS: Final = 0.3
+_TRIES: Final = 30
 _PAUSE_SECONDS: Final = 0.01
 
 
@@ -16,16 +16,14 @@ def lock_alone(file: IO[bytes] | IO[str] | int) -> bool:
     Raises:
         OSError: the file system knows no locks.
     """
-    end = time.monotonic() + _SECONDS
-    while True:
+    for _ in range(_TRIES):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
-                return False
             time.sleep(_PAUSE_SECONDS)
         else:
             return True
+    return False
 
 
 def is_held(path: Path) -> bool:

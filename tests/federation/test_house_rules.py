@@ -284,6 +284,22 @@ def test_an_answer_that_was_kept_does_not_leave_once_its_owner_forbids_it(federa
     assert len(federation.charges(SITE)) == 1
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_was_paid_for_under_other_rules_still_arrives(federation, job, restarted):
+    """Rules about what a job must be like to be charged for; the next question falls under them."""
+    standing, question = [POLICY], federation.question(job, ask("centre"))
+    with ExitStack() as stack:
+        site = stack.enter_context(federation.site(policy=lambda: standing[0]))
+        site.answer(federation.admission(job))
+        first = site.answer(question)
+        standing[0] = replace(POLICY, epsilon_per_job=0.5)
+        if restarted:
+            stack.pop_all().close()
+            site = stack.enter_context(federation.site(policy=standing[0]))
+        assert site.answer(question) == first
+        assert refusal(federation, site, federation.question(job, ask("train")))[0] == "policy"
+
+
 def test_nobody_pays_for_a_model_that_too_few_would_be_measured_on(federation, job):
     shy = replace(POLICY, releases=("centre", "train"))
     with ExitStack() as stack:

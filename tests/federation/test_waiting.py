@@ -6,7 +6,7 @@ import pytest
 
 from fedgrade.errors import RoundFailed
 from fedgrade.federation.in_process import InProcessCohort
-from fedgrade.federation.messages import Reply, Request, read_message
+from fedgrade.federation.messages import Reply, Request, read_message, write_message
 from tests.federation.meddling import LIAR, Meddled, refused, spent_once_admitted
 from tests.federation.small_federation import DISTRIBUTED, NAMES, POLICY, SPEC, SmallFederation, with_privacy
 from tests.federation.sum_partners import FIVE, SUMS, summing
@@ -258,10 +258,18 @@ def test_whoever_declines_in_mid_sum_helps_no_more_to_open_it(tmp_path, monkeypa
             answers[name](federation.admission(job, name=name))
             federation.approvals(name).decide(job, "approved")
 
-        def heard(raw):
+        def said(raw):
             reply = answers[late](raw)
+            return reply, read_message(reply, as_=Reply, signed_by=federation.roster.key_of(late)).document.body
+
+        def heard(raw):
             if over:
-                replies.append(read_message(reply, as_=Reply, signed_by=federation.roster.key_of(late)).document.body)
+                # Whatever job the coordinator says that it is about.
+                document = read_message(raw, as_=Request, signed_by=federation.roster.coordinator).document
+                other = write_message(replace(document, job="f" * 64), tensors=b"", key=federation.coordinator_key)
+                assert said(other)[1].kind == "refusal"
+            reply, body = said(raw)
+            replies.extend([body] if over else [])
             return reply
 
         cohort = Staged(federation, {**answers, late: heard}, decline)

@@ -144,7 +144,7 @@ def test_a_reply_counts_also_where_its_node_went_offline_before_anybody_looked(m
     began = house.announce(answered, silent)
     house.send(began.session, [*answered.content.values(), *silent.content.values()])
     reply = house.reply(answered, house.nodes[0], wrap(b"!"))
-    house.announce(reply)
+    house.send(house.announce(reply).session, reply.content.values())
     for node in house.nodes:
         house.state.deactivate_node(node)
     monkeypatch.setattr(TaskIdentity, "_node_id", SUPERLINK_NODE_ID)
@@ -157,7 +157,17 @@ def test_a_reply_counts_also_where_its_node_went_offline_before_anybody_looked(m
     assert found[answered.object_id].has_error() == (kinds == STOCK)
     # Once is enough, and nobody is online for having answered.
     assert kinds == STOCK or house.state.get_message_res({answered.object_id}, house.run) == []
-    assert all(node.status == "offline" for node in house.state.get_node_info())
+    assert all(house.state.nodes[node].online_until <= time.time() for node in house.nodes)
+
+
+def test_a_reply_that_will_never_be_whole_does_not_count_where_its_node_went_offline(house, monkeypatch):
+    request = house.request(house.nodes[0], wrap(b"?"))
+    house.send(house.announce(request).session, request.content.values())
+    house.announce(house.reply(request, house.nodes[0], wrap(b"!")))
+    house.state.deactivate_node(house.nodes[0])
+    monkeypatch.setattr(TaskIdentity, "_node_id", SUPERLINK_NODE_ID)
+    (found,) = house.state.get_message_res({request.object_id}, house.run)
+    assert found.has_error()
 
 
 def test_a_message_without_records_is_sent_itself(house):

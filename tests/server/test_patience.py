@@ -35,16 +35,11 @@ def test_patience_is_kept_and_has_a_default(folder):
 def test_a_job_that_goes_on_keeps_the_patience_that_is_not_given_anew(folder, monkeypatch, typed, kept):
     """Whoever only follows a run must not change how long it waits if it is taken up again later."""
     folder.put_patience(Patience(deadline_seconds=30.0, admission_seconds=3600.0))
-    said = {}
-
-    def run_here(_federation, _job, _engine, patience):
-        said["here"] = patience
-
-    monkeypatch.setattr(commands, "_run_here", run_here)
+    monkeypatch.setattr(commands, "_run_here", lambda *_: None)
     monkeypatch.setattr(CoordinatorFolder, "read_job", lambda _self: None)
     shown = CliRunner().invoke(commands.resume, [str(folder.root), *typed])
     assert shown.exit_code == 0, shown.output
-    assert said["here"] == kept
+    assert folder.read_patience() == kept
 
 
 @pytest.mark.parametrize("values", [{"deadline_seconds": 0.0}, {"deadline_seconds": float("inf")},
@@ -62,11 +57,16 @@ FOREVER = Patience(deadline_seconds=1e9, admission_seconds=1e9)
     [encode(FOREVER), seal(FOREVER, SigningKey.generate()), b'{"deadline": 5}', b""],
     ids=["unsigned", "by another key", "damaged", "empty"],
 )
-def test_patience_that_the_coordinator_did_not_sign_is_refused_until_resume_writes_it_anew(folder, raw):
+def test_patience_that_the_coordinator_did_not_sign_is_refused_until_resume_writes_it_anew(folder, monkeypatch, raw):
     folder.patience.write_bytes(raw)
     with pytest.raises(
         SignatureRefused, match=r"patience\.json: was not signed by this coordinator .*`fedgrade resume`"
     ):
         folder.read_patience()
-    folder.put_patience(Patience(deadline_seconds=30.0))
+    monkeypatch.setattr(commands, "_run_here", lambda *_: None)
+    monkeypatch.setattr(CoordinatorFolder, "read_job", lambda _self: None)
+    assert CliRunner().invoke(commands.resume, [str(folder.root), "--deadline", "30"]).exit_code == 0
     assert folder.read_patience() == Patience(deadline_seconds=30.0)
+    folder.patience.write_bytes(raw)
+    assert CliRunner().invoke(commands.resume, [str(folder.root)]).exit_code == 0
+    assert folder.read_patience() == Patience()
