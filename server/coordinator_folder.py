@@ -184,14 +184,19 @@ class CoordinatorFolder:
             kept.write({_PATIENCE: seal(patience, SigningKey.load(self.key))})
 
     def renew_patience(self, *, deadline_seconds: float | None, admission_seconds: float | None) -> Patience:
-        """Sign anew the patience that the job has, but for what is given; the default for one that nobody signed."""
+        """The patience of the job from now on: what it had but for what is given, the default if nobody signed it.
+
+        Nothing is written where nothing changes: who only follows a run needs neither a database nor room on a disk.
+        """
+        before: Patience | None = None
         try:
-            known = self.read_patience()
+            before = self.read_patience()
         except SignatureRefused as error:
-            known = Patience()
-            logger.warning("%s; %g and %g s are taken", error, known.deadline_seconds, known.admission_seconds)
+            logger.warning("%s", error)
+        known = before or Patience()
         patience = known.but(deadline_seconds=deadline_seconds, admission_seconds=admission_seconds)
-        self.put_patience(patience)
+        if patience != before:
+            self.put_patience(patience)
         return patience
 
     def read_patience(self) -> Patience:

@@ -282,7 +282,7 @@ class Site:
             # Nothing to help with, as the answer will say: masks are not kept across a restart.
             return
         if named != job.digest:
-            raise MessageRefused("the message names another job than that of the sum which this site is in")
+            raise AttemptOver("this site is in a sum of another job than the message names; begin a further attempt")
         self._rules.require_approved(policy, job, self._charging.accepted(job.digest).job_envelope)
 
     def _contribute(
