@@ -252,16 +252,16 @@ class Site:
         rounds = opened.job.plan.rounds if purpose == "train" else 1
         self._note(job=opened.job.spec.name, stage=f"{purpose}, round {round_index + 1} of {rounds}")
         require_release(policy, purpose)
-        self._require_approved(opened, policy)
+        self._require_approved(opened.job, policy)
         if not 0 <= round_index < rounds or attempt < 0:
             raise MessageRefused(f"{purpose} round {round_index}: the plan has no such round")
         ask = Ask(job=opened.job.digest, purpose=purpose, round_index=round_index, attempt=attempt)
         self._charging.require_fresh(ask, maximum_attempts=policy.maximum_attempts)
         return opened, ask
 
-    def _require_approved(self, opened: OpenJob, policy: Policy) -> None:
+    def _require_approved(self, job: TrainingJob, policy: Policy) -> None:
         """A person may take an approval back, or ask for one from now on, in the middle of a job too."""
-        self._rules.require_approved(policy, opened.job, self._charging.accepted(opened.job.digest).job_envelope)
+        self._rules.require_approved(policy, job, self._charging.accepted(job.digest).job_envelope)
 
     def _require_sendable(self, document: Request, policy: Policy) -> None:
         """Return if an answer that was kept, and may never have arrived, may leave by the partner's word as it is now.
@@ -270,11 +270,12 @@ class Site:
         """
         if isinstance(document.body, ContributeRequest):
             require_release(policy, document.body.purpose)
-        envelope = self._charging.accepted(document.job).job_envelope
-        known = self._jobs.get(document.job)
-        coordinator = self._identity.roster.coordinator
-        job = known.job if known else open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator)
-        self._rules.require_approved(policy, job, envelope)
+        if known := self._jobs.get(document.job):
+            self._require_approved(known.job, policy)
+        else:
+            envelope = self._charging.accepted(document.job).job_envelope
+            coordinator = self._identity.roster.coordinator
+            self._require_approved(open_sealed(envelope.encode(), as_=TrainingJob, signed_by=coordinator), policy)
 
     def _require_still_in(self, named: str, policy: Policy) -> None:
         """Return unless a person took this site out of the job whose sum it is in; ``named`` is by the coordinator."""
@@ -283,7 +284,7 @@ class Site:
             return
         if named != job.digest:
             raise AttemptOver("this site is in a sum of another job than the message names; begin a further attempt")
-        self._rules.require_approved(policy, job, self._charging.accepted(job.digest).job_envelope)
+        self._require_approved(job, policy)
 
     def _contribute(
         self, request: Opened[Request], body: ContributeRequest, request_digest: str, policy: Policy
